@@ -1,0 +1,88 @@
+"""The engine seam: what computes tokens.
+
+Implementations: `engines.local` (numpy), vLLM and a simulated one later. One contract suite
+(`stator.testing.contracts.engine`) runs on all. An engine lives in its worker's process and is called on the event
+loop; it may compute on threads or in processes of its own, but calls sinks on the event loop only.
+
+Streams: `generate` and `prefill` return at once; the sink then gets items and one end, as `transport.base.Sink`
+says. All sequences that one engine step advanced are pushed within one callback of the loop, so that the transport
+can send them to a peer in one frame. A refused request ends its sink with INVALID_REQUEST and never raises.
+
+KV blocks: a sequence's blocks are freed (kept as reusable prefix cache) when its stream ended. A finished prefill
+holds its blocks for `TRANSFER_HOLD_S`, or until they were fetched or released.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from stator.ids import InstanceId, RequestId, TransferId
+from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, KvEvent
+from stator.transport.base import Endpoint, Sink, TransportClient
+
+TRANSFER_HOLD_S = 30.0
+
+
+class EngineHost(Protocol):
+    """What a worker lends its engine: a way to serve KV blocks to peers and to fetch theirs.
+
+    register must be called during `Engine.start` or before; addresses are valid from `start` on.
+    on_dead: the engine calls it once when it can compute no more; the worker leaves discovery and stops.
+    """
+
+    instance_id: InstanceId
+    client: TransportClient
+
+    @property
+    def addresses(self) -> tuple[str, ...]: ...
+
+    def register(self, endpoint: Endpoint) -> None: ...
+
+    def on_dead(self, reason: str) -> None: ...
+
+
+KvListener = Callable[[Sequence[KvEvent]], None]
+
+
+class Engine(Protocol):
+    async def start(self, host: EngineHost) -> EngineInfo:
+        """Load the model. Raises ConfigError for a model or a setting that cannot work, naming it."""
+        ...
+
+    def generate(self, request: EngineRequest, sink: Sink) -> None:
+        """Items are TokenDelta. With `request.transfer`, fetches the described blocks and recomputes only what it could
+        not get, at least the last token; if the fetch fails the prompt is computed here, and the text is the same."""
+        ...
+
+    def prefill(self, request: EngineRequest, sink: Sink) -> None:
+        """Compute the KV blocks of prompt and resume ids and hold them. One item, a PrefillResult, then the end."""
+        ...
+
+    def abort(self, request_id: RequestId) -> None:
+        """Stop it in any phase, free its blocks before the next step. Its sink ends with CANCELLED; none after that.
+        Unknown ids are ignored."""
+        ...
+
+    def release(self, transfer_id: TransferId) -> None:
+        """Nobody will fetch these held blocks. Idempotent. The id is `PrefillResult.transfer["transfer_id"]`."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """A reading, cheap enough to take every step."""
+        ...
+
+    def cached_prefix_tokens(self, request: EngineRequest) -> int:
+        """Leading tokens of the request that this engine would not compute, were it to start now."""
+        ...
+
+    def watch_kv(self, listener: KvListener) -> Callable[[], None]:
+        """Calls listener with the whole state as BlocksStored events before returning, then with every change, in
+        order. Returns the function that ends it."""
+        ...
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget every block that no sequence uses; emits BlocksCleared. False if blocks in use remain cached."""
+        ...
+
+    async def stop(self) -> None:
+        """End every stream with ENGINE_DEAD, free everything. No thread, process or file is left. Idempotent."""
+        ...

@@ -1,0 +1,179 @@
+"""What travels between Processor, worker and engine.
+
+All structs are frozen, so that a call in process may pass the object itself and still behave like one over a socket.
+Unknown fields are ignored on decoding: a newer peer may add fields.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from stator.ids import InstanceId, JobId, RequestId
+from stator.messages.tokens import EMPTY, TokenBuffer
+
+
+class FinishReason(StrEnum):
+    """Why an engine stopped a sequence. Everything else that ends a stream is an error."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How an engine picks tokens. Stop *strings* are not here: the Processor matches text and aborts.
+
+    max_tokens: output tokens, those in `resume_ids` included. min_tokens: no eos or stop token before that many.
+    temperature 0 is greedy. top_k 0 and top_p 1.0 are off. seed: None means the engine draws one.
+    Penalties follow vLLM: presence and frequency over output tokens, repetition over prompt and output.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One sequence to generate.
+
+    resume_ids: output tokens that an earlier attempt already delivered. They are computed like prompt tokens, but
+    counted as output: penalties, min and max tokens, seed position and usage see them as generated (DESIGN.md,
+    "Continuing a request").
+    transfer: opaque parameters made by a prefill engine; the engine fetches the KV blocks they describe instead of
+    computing them. Only engines look inside.
+    """
+
+    request_id: RequestId
+    prompt_ids: TokenBuffer
+    sampling: SamplingParams
+    resume_ids: TokenBuffer = EMPTY
+    priority: int = 0
+    cache_salt: str | None = None
+    lora_name: str | None = None
+    transfer: dict[str, Any] | None = None
+
+
+class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """Tokens that one engine step, or several merged ones, added to a sequence.
+
+    finish_reason: set on the last delta only; the stream then ends without error.
+    num_cached_tokens: on the first delta: prompt tokens found in the engine's own prefix cache. Tokens fetched from
+    a prefill worker are not counted here (`num_transferred_tokens`), except those which that worker had cached.
+    """
+
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int | None = None
+    num_transferred_tokens: int = 0
+
+
+class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A finished prefill whose blocks wait to be fetched.
+
+    transfer: what the decode engine needs, opaque. num_cached_tokens: prompt tokens the prefill engine had cached.
+    """
+
+    transfer: dict[str, Any]
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Capacity and identity of a started engine. Published with the instance.
+
+    block_size: tokens. num_blocks: KV blocks that sequences may use. max_model_len: prompt and output tokens.
+    pairing: prefill and decode instances exchange KV blocks only if these are equal (block size, KV dtype, model
+    fingerprint, engine version, connector).
+    cannot_resume: sampling fields with which a request of this engine cannot be continued from resume_ids.
+    """
+
+    engine: str
+    version: str
+    model: str
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    pairing: dict[str, str] = {}
+    cannot_resume: tuple[str, ...] = ()
+
+
+class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A reading of an engine. `*_total` counters only grow; rates are differences taken by the reader.
+
+    prompt_tokens_computed_total: computed here, recomputation after preemption included.
+    prompt_tokens_cached_total / prompt_tokens_total: the prefix cache hit rate, each request counted once, at its
+    first schedule. prompt_tokens_transferred_total: fetched from a prefill worker instead of computed.
+    num_blocks_held: blocks of finished prefills that wait to be fetched (part of num_blocks_used).
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0
+    num_blocks_held: int = 0
+    prompt_tokens_total: int = 0
+    prompt_tokens_cached_total: int = 0
+    prompt_tokens_computed_total: int = 0
+    prompt_tokens_transferred_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+
+
+class BlocksStored(msgspec.Struct, frozen=True, omit_defaults=True, tag="stored"):
+    """Blocks that may now be reused; block_hashes in order, each chained on the one before; parent of the first."""
+
+    block_hashes: list[int]
+    parent_hash: int | None = None
+
+
+class BlocksRemoved(msgspec.Struct, frozen=True, tag="removed"):
+    block_hashes: list[int]
+
+
+class BlocksCleared(msgspec.Struct, frozen=True, tag="cleared"):
+    pass
+
+
+KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
+
+
+class PrefillJob(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A prompt to prefill for a decode worker; the payload of the prefill queue.
+
+    pairing: the decode engine's `EngineInfo.pairing`; a prefill worker with another one must not take the job.
+    decode_instance and decode_addresses: whom to tell.
+    """
+
+    job_id: JobId
+    request: EngineRequest
+    decode_instance: InstanceId
+    decode_addresses: tuple[str, ...]
+    pairing: dict[str, str]
+
+
+class PrefillDone(msgspec.Struct, frozen=True, omit_defaults=True):
+    """From a prefill worker to the decode worker: result, or why there is none (`error`)."""
+
+    job_id: JobId
+    attempt: int
+    prefill_instance: InstanceId
+    result: PrefillResult | None = None
+    error: str | None = None
+
+
+class PrefillDoneReply(msgspec.Struct, frozen=True):
+    """accepted False: the request ended, was prefilled otherwise, or another attempt was first; release the blocks."""
+
+    accepted: bool

@@ -1,0 +1,96 @@
+"""The queue seam: prefill jobs, pulled by workers that have room.
+
+Implementations: `MemoryQueue` (inside the hub), `HubQueue` (a client of the hub), NATS JetStream later. One contract
+suite (`stator.testing.contracts.queue`) runs on all.
+
+The contract (DESIGN.md, "Queue contract"): one shared first-in-first-out line and one per preferred consumer; a
+consumer is served its own line first, then the shared one, then, for jobs that waited longer than `steal_after_s`,
+the oldest of another's line. Nothing is reordered inside a line. A delivery is (job id, attempt) and stays with its
+consumer until it is acked, nacked, not extended for `ack_wait_s`, or the consumer's lease ends; in the last three
+cases the job goes back to the head of its line with the next attempt number, or to the dead letters after
+`max_deliveries`. Jobs whose deadline has passed are dropped at the pull. Delivery is at least once: consumers must
+be idempotent by job id.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from stator.ids import InstanceId, JobId, LeaseId
+
+DEFAULT_ACK_WAIT_S = 30.0
+DEFAULT_STEAL_AFTER_S = 1.0
+DEFAULT_MAX_DELIVERIES = 3
+DEFAULT_MAX_WAITING = 4096
+
+
+class Delivery(msgspec.Struct, frozen=True, omit_defaults=True):
+    """attempt counts from 1. seconds_left: until the job's deadline, None without one."""
+
+    job_id: JobId
+    attempt: int
+    payload: bytes
+    seconds_left: float | None = None
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    job_id: JobId
+    attempts: int
+    reason: str
+    payload: bytes
+
+
+class QueueSize(msgspec.Struct, frozen=True):
+    """waiting: jobs nobody has taken. in_flight: delivered and not yet acked."""
+
+    waiting: int
+    in_flight: int
+
+
+class JobQueue(Protocol):
+    """Methods raise StatorError(INSTANCE_LOST) when the queue's server cannot be reached within its timeout."""
+
+    async def put(
+        self, job_id: JobId, payload: bytes, *, deadline_s: float | None = None, preferred: InstanceId | None = None
+    ) -> None:
+        """Add a job; a job id that is already waiting or in flight is not added again.
+
+        deadline_s: seconds from now. Raises StatorError(OVERLOADED) when `max_waiting` jobs wait.
+        """
+        ...
+
+    async def pull(self, consumer: InstanceId, lease_id: LeaseId, *, max_jobs: int, wait_s: float) -> list[Delivery]:
+        """Up to max_jobs deliveries; waits up to wait_s for the first; an empty list after that.
+
+        Raises StatorError(NOT_FOUND) if the lease has ended. A cancelled pull takes no job.
+        """
+        ...
+
+    async def extend(self, job_id: JobId, attempt: int) -> bool:
+        """Restart the ack wait. False: this attempt is no longer the current one; stop working on it."""
+        ...
+
+    async def ack(self, job_id: JobId, attempt: int) -> bool:
+        """The job is done. False: this attempt is no longer the current one (another consumer has the job)."""
+        ...
+
+    async def nack(self, job_id: JobId, attempt: int) -> bool:
+        """Give the job back; somebody takes it at once. Counts as a delivery."""
+        ...
+
+    async def cancel(self, job_id: JobId) -> bool:
+        """Remove the job wherever it is. True: it was still waiting, so that nobody works on it."""
+        ...
+
+    async def size(self) -> QueueSize: ...
+
+    def watch_size(self) -> AsyncIterator[QueueSize]:
+        """The size now, then whenever it changed (changes may be merged). Survives the loss of the server."""
+        ...
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        """The most recent ones, oldest first; bounded."""
+        ...
+
+    async def close(self) -> None: ...
