@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
@@ -27,6 +28,7 @@ IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 
 Message = dict[str, str]
+T = TypeVar("T")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ ANSWER = (
     ('{h} told {f} of the winding road,', 'and of {t}, and of {his} load.'),
 )
 HINT = (
-    ('"Go on," said {f}, "till you see {p},', 'and mind you keep a steady pace."'),
+    ('"Go on," said {f}, "to {p}, my dear,', 'it is not so far away from here."'),
     ('"Not here," said {f}, "but I have heard', 'of {p}; I had it from a bird."'),
     ('"Look up," said {f}, "and do not frown;', 'in {p} the stars come down."'),
     ('"Then walk," said {f}, "to {p} and back,', 'and follow the little golden track."'),
@@ -231,7 +233,7 @@ MORALS = (
     ("For a kind word said at the end of day", "will light a lamp on a stranger's way."),
 )
 OPENINGS = (
-    ("Once upon a time, in {home}, {emo}", "there lived {c} {a} whom we all know:", "{h} was {his} name, the {tr} of the town,",
+    ("Once upon a time, where the tall reeds grow, {emo}", "there lived {c} {a} whom we all know:", "{h} was {his} name, the {tr} of the town,",
      "and nobody ever saw {h} frown."),
     ("Long ago, when the world was new, {emo}", "and the grass was wet with the morning dew,",
      "lived {h} the {a}, the {tr}, alone", "in {home}, on a bed of stone."),
@@ -304,14 +306,14 @@ SYSTEMS = (
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def preference[T](items: tuple[T, ...], key: str) -> list[T]:
+def preference(items: tuple[T, ...], key: str) -> list[T]:
     """The items in the order in which ``key`` likes them."""
     order = list(items)
     random.Random(zlib.crc32(key.encode())).shuffle(order)
     return order
 
 
-class Deck[T]:
+class Deck(Generic[T]):
     """Draws without replacement; earlier items in the key's order of preference come first more often."""
 
     def __init__(self, rng: random.Random, items: tuple[T, ...], key: str, skew: float = 0.45) -> None:
@@ -330,7 +332,7 @@ class Deck[T]:
         return self._left.pop(i)
 
 
-def pick[T](rng: random.Random, items: tuple[T, ...], key: str, skew: float = 0.45) -> T:
+def pick(rng: random.Random, items: tuple[T, ...], key: str, skew: float = 0.45) -> T:
     return Deck(rng, items, key, skew).draw()
 
 
@@ -411,7 +413,10 @@ class Story:
         hero = self.hero
         food = {"food": friend.food}
         arrive = f"On the {ORDINALS[n]} day {hero.name} came to {place[0]}.\n{place[1]}\n{place[2]}"
-        meet = f"And there was {friend.title}, {friend.emoji}\nthe {friend.trade}, in {article(friend.colour)} hat, to say hello."
+        meet = (
+            f"And there was {friend.title} {friend.emoji}, who bowed down low,\n"
+            f"the {friend.trade}, in {article(friend.colour)} hat, to say hello."
+        )
         out = [f"Day {n}", f"{arrive}\n{meet}"]
         talk = self._fill(self._greet.draw(), **food) + "\n" + self._fill(self._answer.draw(), **food)
         out.append(talk)
@@ -691,8 +696,8 @@ def conversation(rng: random.Random, bible: Bible) -> list[Message]:
 
 
 def render(messages: list[Message]) -> str:
-    """The same text as the chat template of the tokenizer makes (checked when the goldens are made)."""
-    return BOS + "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
+    """The text that the tokenizer's chat template makes, closed by the end-of-text token."""
+    return BOS + "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages) + EOS
 
 
 # --------------------------------------------------------------------------------------------------------------------
