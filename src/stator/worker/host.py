@@ -1,0 +1,39 @@
+"""What a worker lends its engine (engines.base.EngineHost), on the request plane of the worker's process."""
+
+import logging
+from collections.abc import Callable
+
+from stator.ids import InstanceId
+from stator.transport.base import Endpoint, TransportClient, TransportServer
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerHost:
+    """on_dead is called at most once, with the engine's reason."""
+
+    def __init__(
+        self,
+        *,
+        instance_id: InstanceId,
+        client: TransportClient,
+        server: TransportServer,
+        on_dead: Callable[[str], None],
+    ) -> None:
+        self.instance_id = instance_id
+        self.client = client
+        self._server = server
+        self._on_dead: Callable[[str], None] | None = on_dead
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self._server.addresses
+
+    def register(self, endpoint: Endpoint) -> None:
+        self._server.register(endpoint)
+
+    def on_dead(self, reason: str) -> None:
+        callback, self._on_dead = self._on_dead, None
+        if callback is not None:
+            logger.error("the engine of %s is dead: %s", self.instance_id, reason)
+            callback(reason)

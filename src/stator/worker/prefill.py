@@ -1,0 +1,244 @@
+"""The prefill worker: pulls jobs while it has room, computes their KV blocks, tells the decode workers, acks.
+
+A job is in exactly one of three hands: the queue's (waiting), ours (from the pull to ack, nack or lost extension), or
+the decode worker's (once it accepted the completion, it fetches and releases the blocks). Completions that are not
+accepted release their blocks at once.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from random import Random
+
+import msgspec
+
+from stator.core.disagg import PrefillRoom
+from stator.engines.base import Engine
+from stator.errors import ErrorCode, StatorError
+from stator.ids import LeaseId, RequestId, TransferId
+from stator.messages.engine import EngineInfo, PrefillDone, PrefillDoneReply, PrefillJob, PrefillResult
+from stator.messages.reports import WorkerReport
+from stator.messages.tokens import num_tokens
+from stator.queue.base import Delivery, JobQueue
+from stator.runtime.context import CallContext, loop_time
+from stator.runtime.tasks import TaskOwner
+from stator.transport.base import Sink, Target
+from stator.transport.calls import call
+from stator.worker.host import WorkerHost
+
+logger = logging.getLogger(__name__)
+
+PULL_WAIT_S = 5.0
+EXTEND_EVERY_S = 1.0
+NOTIFY_TIMEOUT_S = 5.0
+MAX_BACKOFF_S = 2.0
+
+
+@dataclass(slots=True)
+class _InHand:
+    delivery: Delivery
+    job: PrefillJob
+    request_id: RequestId
+    num_prompt_tokens: int
+
+
+class _ResultSink(Sink):
+    """Turns a prefill's stream into a future."""
+
+    def __init__(self) -> None:
+        self.result: asyncio.Future[PrefillResult] = asyncio.get_running_loop().create_future()
+
+    def items(self, items: object, /) -> None:
+        (result,) = items  # type: ignore[misc]
+        if not self.result.done():
+            self.result.set_result(result)
+
+    def end(self, error: StatorError | None = None, /) -> None:
+        if not self.result.done():
+            self.result.set_exception(error or StatorError(ErrorCode.INTERNAL, "the engine gave no prefill result"))
+
+
+class PrefillWorker:
+    """Owns the jobs of one prefill engine between `start` and `close`; the engine itself belongs to the caller."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        info: EngineInfo,
+        host: WorkerHost,
+        queue: JobQueue,
+        lease_id: LeaseId,
+        rng: Random,
+    ) -> None:
+        self._engine = engine
+        self._info = info
+        self._host = host
+        self._queue = queue
+        self._lease_id = lease_id
+        self._rng = rng
+        self._tasks = TaskOwner(f"prefill worker {host.instance_id}")
+        self._in_hand: dict[RequestId, _InHand] = {}
+        self._changed = asyncio.Event()
+        self._draining = False
+        self._pulling: asyncio.Task[None] | None = None
+        self._prefills = {"done": 0, "failed": 0, "unwanted": 0}
+
+    async def start(self) -> None:
+        self._pulling = self._tasks.spawn(self._pull_jobs(), "pull jobs")
+        self._tasks.spawn(self._extend_jobs(), "extend jobs")
+
+    def report(self) -> WorkerReport:
+        return WorkerReport(self._engine.load(), dict(self._prefills))
+
+    # Pulling
+
+    async def _pull_jobs(self) -> None:
+        backoff_s = 0.05
+        while True:
+            room = self._room()
+            if not room:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            try:
+                deliveries = await self._queue.pull(
+                    self._host.instance_id, self._lease_id, max_jobs=room, wait_s=PULL_WAIT_S
+                )
+                backoff_s = 0.05
+            except StatorError as error:
+                logger.warning("cannot pull prefill jobs, trying again: %s", error.message)
+                await asyncio.sleep(backoff_s * (0.5 + self._rng.random()))
+                backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
+                continue
+            for delivery in deliveries:
+                self._take(delivery)
+
+    def _room(self) -> int:
+        load = self._engine.load()
+        return PrefillRoom(
+            jobs_in_hand=len(self._in_hand),
+            tokens_in_hand=sum(j.num_prompt_tokens for j in self._in_hand.values()),
+            max_num_seqs=self._info.max_num_seqs,
+            max_num_batched_tokens=self._info.max_num_batched_tokens,
+            num_blocks=load.num_blocks,
+            num_blocks_used=load.num_blocks_used,
+        ).jobs_to_pull()
+
+    def _take(self, delivery: Delivery) -> None:
+        try:
+            job = msgspec.msgpack.decode(delivery.payload, type=PrefillJob)
+        except msgspec.MsgspecError as error:
+            logger.error("prefill job %s cannot be read (%s); dropped", delivery.job_id, error)
+            self._tasks.spawn(self._ack(delivery), f"ack {delivery.job_id}")
+            return
+        # Attempts of one job may overlap in one engine (a lost extension, then the redelivery to the same worker).
+        request_id = RequestId(f"{delivery.job_id}#{delivery.attempt}")
+        tokens = num_tokens(job.request.prompt_ids) + num_tokens(job.request.resume_ids)
+        in_hand = _InHand(delivery, job, request_id, tokens)
+        self._in_hand[request_id] = in_hand
+        self._tasks.spawn(self._serve(in_hand), f"prefill {request_id}")
+
+    # One job
+
+    async def _serve(self, in_hand: _InHand) -> None:
+        try:
+            result, error = await self._compute(in_hand)
+            if error is not None and error.code in (ErrorCode.ENGINE_DEAD, ErrorCode.DRAINING):
+                await self._nack(in_hand.delivery)
+                return
+            await self._finish(in_hand, result, error)
+        finally:
+            self._in_hand.pop(in_hand.request_id, None)
+            self._changed.set()
+
+    async def _compute(self, in_hand: _InHand) -> tuple[PrefillResult | None, StatorError | None]:
+        job = in_hand.job
+        if job.pairing != self._info.pairing:
+            message = f"prefill instance {self._host.instance_id} does not pair with {job.decode_instance}"
+            return None, StatorError(ErrorCode.UNSUPPORTED, message)
+        sink = _ResultSink()
+        self._engine.prefill(msgspec.structs.replace(job.request, request_id=in_hand.request_id), sink)
+        try:
+            return await sink.result, None
+        except StatorError as error:
+            return None, error
+        except asyncio.CancelledError:
+            self._engine.abort(in_hand.request_id)
+            raise
+
+    async def _finish(self, in_hand: _InHand, result: PrefillResult | None, error: StatorError | None) -> None:
+        if error is not None and error.code is ErrorCode.CANCELLED:
+            return  # The extension failed: another attempt has the job, or nobody wants it.
+        done = PrefillDone(
+            job_id=in_hand.job.job_id,
+            attempt=in_hand.delivery.attempt,
+            prefill_instance=self._host.instance_id,
+            result=result,
+            error=error.message if error else None,
+        )
+        accepted = await self._notify(in_hand.job, done)
+        outcome = "failed" if result is None else "done" if accepted else "unwanted"
+        self._prefills[outcome] += 1
+        if result is not None and not accepted:
+            self._engine.release(TransferId(result.transfer["transfer_id"]))
+        await self._ack(in_hand.delivery)
+
+    async def _notify(self, job: PrefillJob, done: PrefillDone) -> bool:
+        """Whether the decode worker wants the blocks. A decode worker that cannot be told prefills for itself."""
+        target = Target(job.decode_addresses, "prefill_done", job.decode_instance)
+        context = CallContext(job.request.request_id, deadline=loop_time() + NOTIFY_TIMEOUT_S)
+        try:
+            reply: PrefillDoneReply = await call(
+                self._host.client, target, done, context=context, item_type=PrefillDoneReply
+            )
+        except StatorError as error:
+            logger.warning("cannot tell %s that %s is prefilled: %s", job.decode_instance, job.job_id, error.message)
+            return False
+        return reply.accepted
+
+    async def _ack(self, delivery: Delivery) -> None:
+        try:
+            await self._queue.ack(delivery.job_id, delivery.attempt)
+        except StatorError as error:
+            # At least once: the job may be delivered again, and its completion will then not be accepted.
+            logger.warning("cannot ack prefill job %s: %s", delivery.job_id, error.message)
+
+    async def _nack(self, delivery: Delivery) -> None:
+        try:
+            await self._queue.nack(delivery.job_id, delivery.attempt)
+        except StatorError as error:
+            # It comes back anyway, when the ack wait or our lease ends.
+            logger.warning("cannot give prefill job %s back: %s", delivery.job_id, error.message)
+
+    async def _extend_jobs(self) -> None:
+        """Keep what is in hand, and notice what is no longer ours: cancelled, or given to another consumer."""
+        while True:
+            await asyncio.sleep(EXTEND_EVERY_S)
+            for in_hand in list(self._in_hand.values()):
+                try:
+                    ours = await self._queue.extend(in_hand.delivery.job_id, in_hand.delivery.attempt)
+                except StatorError as error:
+                    logger.warning("cannot extend prefill jobs: %s", error.message)
+                    break
+                if not ours and in_hand.request_id in self._in_hand:
+                    self._engine.abort(in_hand.request_id)
+
+    # End
+
+    async def drain(self) -> None:
+        """Pull no more and wait until the jobs in hand are done. The caller bounds the wait."""
+        self._draining = True
+        if self._pulling is not None:
+            self._pulling.cancel()
+        while self._in_hand:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def close(self) -> None:
+        """Give back what is in hand, so that another worker takes it at once."""
+        if self._pulling is not None:
+            self._pulling.cancel()
+        for in_hand in list(self._in_hand.values()):
+            await self._nack(in_hand.delivery)
+        await self._tasks.close()

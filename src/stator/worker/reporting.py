@@ -1,0 +1,64 @@
+"""A worker's figures: pushed to subscribers once a second, logged in one line every five."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from stator.messages.engine import EngineLoad
+from stator.messages.reports import ReportRequest, WorkerReport
+from stator.observability.logs import format_worker_stats
+from stator.runtime.context import loop_time
+from stator.transport.base import Call
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 5.0
+MIN_INTERVAL_S = 0.1
+
+
+class Reporter:
+    """Serves the `report` endpoint and owns the log line; both run on loop timers, between `start` and `close`."""
+
+    def __init__(self, read: Callable[[], WorkerReport]) -> None:
+        self._read = read
+        self._subscribers: dict[Call, asyncio.TimerHandle] = {}
+        self._log_timer: asyncio.TimerHandle | None = None
+        self._last: tuple[float, EngineLoad] | None = None
+
+    def start(self) -> None:
+        self._last = (loop_time(), self._read().load)
+        self._log_timer = asyncio.get_running_loop().call_later(LOG_EVERY_S, self._log)
+
+    def report(self, call: Call) -> None:
+        request: ReportRequest = call.request
+        interval_s = max(MIN_INTERVAL_S, request.interval_s)
+        call.on_cancel(lambda: self._unsubscribe(call))
+        if not call.cancelled:
+            self._push(call, interval_s)
+
+    def _push(self, call: Call, interval_s: float) -> None:
+        call.items([self._read()])
+        loop = asyncio.get_running_loop()
+        self._subscribers[call] = loop.call_later(interval_s, self._push, call, interval_s)
+
+    def _unsubscribe(self, call: Call) -> None:
+        timer = self._subscribers.pop(call, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _log(self) -> None:
+        now, load = loop_time(), self._read().load
+        assert self._last is not None
+        then, before = self._last
+        self._last = (now, load)
+        # An idle worker says so once, not every five seconds for ever.
+        if load != before or load.num_running or load.num_waiting:
+            logger.info(format_worker_stats(before, load, now - then))
+        self._log_timer = asyncio.get_running_loop().call_later(LOG_EVERY_S, self._log)
+
+    def close(self) -> None:
+        if self._log_timer is not None:
+            self._log_timer.cancel()
+        for call in list(self._subscribers):
+            self._unsubscribe(call)
+            call.end()
