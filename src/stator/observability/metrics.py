@@ -1,0 +1,299 @@
+"""Every metric that Stator exports, declared once.
+
+`Metrics` is a registry of its own (the library's global one is not used, so that several frontends can live in one
+process). It is written to and rendered on one event loop and takes no locks of its own.
+"""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.registry import Collector
+
+from stator.ids import InstanceId
+from stator.messages.engine import EngineLoad
+from stator.observability.stats import WorkerRates, worker_rates
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+OTHER = "other"
+"""The label value for everything a caller could invent."""
+
+RATE_WINDOW_S = 5.0
+
+
+class Kind(StrEnum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+    TALLIED = "tallied"
+    """A histogram filled from `Tally` objects, many observations at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """name without the `stator_` prefix; counters end in _total, units end the name."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_DURATION_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0)
+_TOKENS = tuple(float(2**power) for power in range(18))
+
+_C, _G, _H, _T = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM, Kind.TALLIED
+_REQUEST = ("model", "endpoint")
+
+FRONTEND_METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec(
+        "requests_total",
+        _C,
+        "Requests by the HTTP status that fits how they ended: a stream that failed after its first token counts under "
+        "its error's status, one that the client left under 499.",
+        ("model", "endpoint", "code"),
+    ),
+    MetricSpec("request_duration_seconds", _H, "From the request's head to its end.", _REQUEST, _DURATION_S),
+    MetricSpec("time_to_first_token_seconds", _H, "From the request's head to its first token.", _REQUEST, _TTFT_S),
+    MetricSpec("inter_token_latency_seconds", _T, "Time between the tokens of one request.", _REQUEST, _ITL_S),
+    MetricSpec("request_input_tokens", _H, "Prompt tokens of a finished request.", _REQUEST, _TOKENS),
+    MetricSpec("request_output_tokens", _H, "Generated tokens of a finished request.", _REQUEST, _TOKENS),
+    MetricSpec("request_cached_tokens", _H, "Prompt tokens found in a KV cache.", _REQUEST, _TOKENS),
+    MetricSpec("client_disconnects_total", _C, "Clients that left before their answer was complete.", ("endpoint",)),
+    MetricSpec("requests_in_progress", _G, "Requests that have not ended.", ("endpoint",)),
+    MetricSpec("rejected_total", _C, "Requests turned away, by error code.", ("reason",)),
+    MetricSpec("prefill_queue_size", _G, "Prefill jobs that nobody has taken."),
+)
+
+_WORKER = ("worker", "service", "role", "host")
+
+WORKER_METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec("worker_running_requests", _G, "Sequences in the engine's batch.", _WORKER),
+    MetricSpec("worker_waiting_requests", _G, "Sequences waiting for a place in the batch.", _WORKER),
+    MetricSpec("worker_kv_blocks", _G, "KV blocks of the engine.", _WORKER),
+    MetricSpec("worker_kv_blocks_used", _G, "KV blocks that sequences use or hold.", _WORKER),
+    MetricSpec("worker_kv_blocks_held", _G, "KV blocks of finished prefills that wait to be fetched.", _WORKER),
+    MetricSpec("worker_kv_usage_ratio", _G, "Used part of the KV blocks, 0 to 1.", _WORKER),
+    MetricSpec("worker_prompt_tokens_total", _C, "Prompt tokens of scheduled requests.", _WORKER),
+    MetricSpec("worker_prompt_tokens_cached_total", _C, "Prompt tokens found in the prefix cache.", _WORKER),
+    MetricSpec("worker_prompt_tokens_computed_total", _C, "Prompt tokens computed here.", _WORKER),
+    MetricSpec("worker_prompt_tokens_transferred_total", _C, "Prompt tokens fetched from a prefill worker.", _WORKER),
+    MetricSpec("worker_generation_tokens_total", _C, "Tokens generated.", _WORKER),
+    MetricSpec("worker_preemptions_total", _C, "Sequences put back to be recomputed.", _WORKER),
+    MetricSpec("worker_prompt_throughput_tokens_per_second", _G, "Prompt tokens computed, recent average.", _WORKER),
+    MetricSpec("worker_generation_throughput_tokens_per_second", _G, "Tokens generated, recent average.", _WORKER),
+    MetricSpec("worker_prefix_hit_ratio", _G, "Recent prompt tokens found in the prefix cache, 0 to 1.", _WORKER),
+    MetricSpec(
+        "remote_prefill_total",
+        _C,
+        "Prefills by outcome. A decode worker's: remote, local, fallback (meant to be remote, computed locally after "
+        "all). A prefill worker's: done, failed, unwanted (nobody waited for it any more).",
+        (*_WORKER, "outcome"),
+    ),
+)
+
+PREFILL_OUTCOMES = frozenset({"remote", "local", "fallback", "done", "failed", "unwanted"})
+
+
+class Tally:
+    """Observations of one stream, kept in a few numbers until `TalliedHistogram.add` takes them all at once."""
+
+    __slots__ = ("buckets", "counts", "total")
+
+    def __init__(self, buckets: tuple[float, ...]) -> None:
+        self.buckets = buckets
+        self.counts = [0] * (len(buckets) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int) -> None:
+        self.counts[bisect_left(self.buckets, value)] += times
+        self.total += value * times
+
+
+class TalliedHistogram(Collector):
+    def __init__(self, spec: MetricSpec) -> None:
+        self._spec = spec
+        self._sums: dict[tuple[str, ...], Tally] = {}
+
+    def tally(self) -> Tally:
+        return Tally(self._spec.buckets)
+
+    def add(self, labels: tuple[str, ...], tally: Tally) -> None:
+        whole = self._sums.get(labels)
+        if whole is None:
+            whole = self._sums[labels] = self.tally()
+        whole.counts = [have + more for have, more in zip(whole.counts, tally.counts, strict=True)]
+        whole.total += tally.total
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(f"stator_{self._spec.name}", self._spec.help, labels=self._spec.labels)
+        for labels, tally in self._sums.items():
+            family.add_metric(labels, self._cumulative(tally), tally.total)
+        yield family
+
+    def _cumulative(self, tally: Tally) -> list[tuple[str, float]]:
+        bounds = [*(repr(bound) for bound in self._spec.buckets), "+Inf"]
+        buckets: list[tuple[str, float]] = []
+        running = 0
+        for bound, count in zip(bounds, tally.counts, strict=True):
+            running += count
+            buckets.append((bound, running))
+        return buckets
+
+
+@dataclass(slots=True)
+class _Worker:
+    labels: tuple[str, ...]
+    load: EngineLoad
+    prefills: Mapping[str, int]
+    readings: deque[tuple[float, EngineLoad]] = field(default_factory=lambda: deque[tuple[float, EngineLoad]]())
+
+    def rates(self) -> WorkerRates:
+        (then, before), (now, after) = self.readings[0], self.readings[-1]
+        return worker_rates(before, after, now - then)
+
+
+class WorkerCollector(Collector):
+    """The latest figures of each living worker. A worker that leaves takes its series along."""
+
+    def __init__(self) -> None:
+        self._workers: dict[InstanceId, _Worker] = {}
+
+    def update(
+        self,
+        instance_id: InstanceId,
+        *,
+        service: str,
+        role: str,
+        host: str,
+        load: EngineLoad,
+        at: float,
+        prefills: Mapping[str, int] | None = None,
+    ) -> None:
+        """at: seconds on the caller's monotonic clock; throughputs are averages over the last RATE_WINDOW_S.
+
+        prefills: totals by outcome (PREFILL_OUTCOMES; others are summed up as `other`).
+        """
+        worker = self._workers.get(instance_id)
+        if worker is None:
+            worker = self._workers[instance_id] = _Worker((instance_id, service, role, host), load, {})
+        worker.load = load
+        worker.prefills = _known_outcomes(prefills or {})
+        worker.readings.append((at, load))
+        while len(worker.readings) > 2 and worker.readings[1][0] <= at - RATE_WINDOW_S:
+            worker.readings.popleft()
+
+    def remove(self, instance_id: InstanceId) -> None:
+        self._workers.pop(instance_id, None)
+
+    def collect(self) -> Iterable[Metric]:
+        families = {spec.name: _family(spec) for spec in WORKER_METRICS}
+        for worker in self._workers.values():
+            for name, value in _values(worker.load, worker.rates()).items():
+                families[name].add_metric(worker.labels, value)
+            for outcome, count in worker.prefills.items():
+                families["remote_prefill_total"].add_metric((*worker.labels, outcome), count)
+        return families.values()
+
+
+def _family(spec: MetricSpec) -> CounterMetricFamily | GaugeMetricFamily:
+    family = CounterMetricFamily if spec.kind is Kind.COUNTER else GaugeMetricFamily
+    return family(f"stator_{spec.name}", spec.help, labels=spec.labels)
+
+
+def _known_outcomes(prefills: Mapping[str, int]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for outcome, count in prefills.items():
+        label = outcome if outcome in PREFILL_OUTCOMES else OTHER
+        counts[label] = counts.get(label, 0) + count
+    return counts
+
+
+def _values(load: EngineLoad, rates: WorkerRates) -> dict[str, float]:
+    return {
+        "worker_running_requests": load.num_running,
+        "worker_waiting_requests": load.num_waiting,
+        "worker_kv_blocks": load.num_blocks,
+        "worker_kv_blocks_used": load.num_blocks_used,
+        "worker_kv_blocks_held": load.num_blocks_held,
+        "worker_kv_usage_ratio": rates.kv_usage,
+        "worker_prompt_tokens_total": load.prompt_tokens_total,
+        "worker_prompt_tokens_cached_total": load.prompt_tokens_cached_total,
+        "worker_prompt_tokens_computed_total": load.prompt_tokens_computed_total,
+        "worker_prompt_tokens_transferred_total": load.prompt_tokens_transferred_total,
+        "worker_generation_tokens_total": load.generation_tokens_total,
+        "worker_preemptions_total": load.preemptions_total,
+        "worker_prompt_throughput_tokens_per_second": rates.prompt_tokens_per_s,
+        "worker_generation_throughput_tokens_per_second": rates.generation_tokens_per_s,
+        "worker_prefix_hit_ratio": rates.prefix_hit_rate,
+    }
+
+
+class Metrics:
+    """One process's metrics. Children are cached here: asking for one on a hot path is a dictionary look-up."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.workers = WorkerCollector()
+        self.registry.register(self.workers)
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
+        self._tallied: dict[str, TalliedHistogram] = {}
+        self._counter_children: dict[tuple[str, ...], Counter] = {}
+        self._gauge_children: dict[tuple[str, ...], Gauge] = {}
+        self._histogram_children: dict[tuple[str, ...], Histogram] = {}
+        for spec in FRONTEND_METRICS:
+            self._declare(spec)
+
+    def _declare(self, spec: MetricSpec) -> None:
+        name = f"stator_{spec.name}"
+        match spec.kind:
+            case Kind.COUNTER:
+                self._counters[spec.name] = Counter(name, spec.help, spec.labels, registry=self.registry)
+            case Kind.GAUGE:
+                self._gauges[spec.name] = Gauge(name, spec.help, spec.labels, registry=self.registry)
+            case Kind.HISTOGRAM:
+                self._histograms[spec.name] = Histogram(
+                    name, spec.help, spec.labels, registry=self.registry, buckets=spec.buckets
+                )
+            case Kind.TALLIED:
+                tallied = self._tallied[spec.name] = TalliedHistogram(spec)
+                self.registry.register(tallied)
+
+    def counter(self, name: str, *labels: str) -> Counter:
+        """labels: values in the order of the table. Raises KeyError for a name that the table lacks."""
+        child = self._counter_children.get((name, *labels))
+        if child is None:
+            family = self._counters[name]
+            child = self._counter_children[name, *labels] = family.labels(*labels) if labels else family
+        return child
+
+    def gauge(self, name: str, *labels: str) -> Gauge:
+        child = self._gauge_children.get((name, *labels))
+        if child is None:
+            family = self._gauges[name]
+            child = self._gauge_children[name, *labels] = family.labels(*labels) if labels else family
+        return child
+
+    def histogram(self, name: str, *labels: str) -> Histogram:
+        child = self._histogram_children.get((name, *labels))
+        if child is None:
+            family = self._histograms[name]
+            child = self._histogram_children[name, *labels] = family.labels(*labels) if labels else family
+        return child
+
+    def tallied(self, name: str) -> TalliedHistogram:
+        return self._tallied[name]
+
+    def render(self) -> bytes:
+        """The exposition text, of content type CONTENT_TYPE."""
+        return generate_latest(self.registry)
