@@ -6,7 +6,7 @@ process). It is written to and rendered on one event loop and takes no locks of 
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -17,7 +17,10 @@ from prometheus_client.registry import Collector
 
 from stator.ids import InstanceId
 from stator.messages.engine import EngineLoad
+from stator.messages.instances import InstanceInfo
+from stator.messages.reports import WorkerReport
 from stator.observability.stats import WorkerRates, worker_rates
+from stator.runtime.context import loop_time
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 OTHER = "other"
@@ -70,7 +73,6 @@ FRONTEND_METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("client_disconnects_total", _C, "Clients that left before their answer was complete.", ("endpoint",)),
     MetricSpec("requests_in_progress", _G, "Requests that have not ended.", ("endpoint",)),
     MetricSpec("rejected_total", _C, "Requests turned away, by error code.", ("reason",)),
-    MetricSpec("prefill_queue_size", _G, "Prefill jobs that nobody has taken."),
 )
 
 _WORKER = ("worker", "service", "role", "host")
@@ -98,6 +100,7 @@ WORKER_METRICS: tuple[MetricSpec, ...] = (
         "all). A prefill worker's: done, failed, unwanted (nobody waited for it any more).",
         (*_WORKER, "outcome"),
     ),
+    MetricSpec("prefill_queue_size", _G, "Prefill jobs that nobody has taken: the most that any worker reports."),
 )
 
 PREFILL_OUTCOMES = frozenset({"remote", "local", "fallback", "done", "failed", "unwanted"})
@@ -152,8 +155,7 @@ class TalliedHistogram(Collector):
 @dataclass(slots=True)
 class _Worker:
     labels: tuple[str, ...]
-    load: EngineLoad
-    prefills: Mapping[str, int]
+    report: WorkerReport
     readings: deque[tuple[float, EngineLoad]] = field(default_factory=lambda: deque[tuple[float, EngineLoad]]())
 
     def rates(self) -> WorkerRates:
@@ -162,33 +164,25 @@ class _Worker:
 
 
 class WorkerCollector(Collector):
-    """The latest figures of each living worker. A worker that leaves takes its series along."""
+    """The latest figures of each living worker. A worker that leaves takes its series along.
 
-    def __init__(self) -> None:
+    clock: monotonic seconds; the running loop's by default.
+    """
+
+    def __init__(self, clock: Callable[[], float] = loop_time) -> None:
+        self._clock = clock
         self._workers: dict[InstanceId, _Worker] = {}
 
-    def update(
-        self,
-        instance_id: InstanceId,
-        *,
-        service: str,
-        role: str,
-        host: str,
-        load: EngineLoad,
-        at: float,
-        prefills: Mapping[str, int] | None = None,
-    ) -> None:
-        """at: seconds on the caller's monotonic clock; throughputs are averages over the last RATE_WINDOW_S.
-
-        prefills: totals by outcome (PREFILL_OUTCOMES; others are summed up as `other`).
-        """
-        worker = self._workers.get(instance_id)
+    def update(self, instance: InstanceInfo, report: WorkerReport) -> None:
+        """Throughputs are averages over the last RATE_WINDOW_S."""
+        now = self._clock()
+        worker = self._workers.get(instance.instance_id)
         if worker is None:
-            worker = self._workers[instance_id] = _Worker((instance_id, service, role, host), load, {})
-        worker.load = load
-        worker.prefills = _known_outcomes(prefills or {})
-        worker.readings.append((at, load))
-        while len(worker.readings) > 2 and worker.readings[1][0] <= at - RATE_WINDOW_S:
+            labels = (instance.instance_id, instance.service, instance.role, instance.host)
+            worker = self._workers[instance.instance_id] = _Worker(labels, report)
+        worker.report = report
+        worker.readings.append((now, report.load))
+        while len(worker.readings) > 2 and worker.readings[1][0] <= now - RATE_WINDOW_S:
             worker.readings.popleft()
 
     def remove(self, instance_id: InstanceId) -> None:
@@ -197,10 +191,12 @@ class WorkerCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         families = {spec.name: _family(spec) for spec in WORKER_METRICS}
         for worker in self._workers.values():
-            for name, value in _values(worker.load, worker.rates()).items():
+            for name, value in _values(worker.report.load, worker.rates()).items():
                 families[name].add_metric(worker.labels, value)
-            for outcome, count in worker.prefills.items():
+            for outcome, count in _known_outcomes(worker.report.prefills).items():
                 families["remote_prefill_total"].add_metric((*worker.labels, outcome), count)
+        waiting = max((worker.report.queue_waiting for worker in self._workers.values()), default=0)
+        families["prefill_queue_size"].add_metric((), waiting)
         return families.values()
 
 
@@ -240,9 +236,9 @@ def _values(load: EngineLoad, rates: WorkerRates) -> dict[str, float]:
 class Metrics:
     """One process's metrics. Children are cached here: asking for one on a hot path is a dictionary look-up."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = loop_time) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
-        self.workers = WorkerCollector()
+        self.workers = WorkerCollector(clock)
         self.registry.register(self.workers)
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}

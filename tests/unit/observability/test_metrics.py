@@ -2,9 +2,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stator.ids import InstanceId
 from stator.messages.engine import EngineLoad
+from stator.messages.instances import InstanceInfo
+from stator.messages.reports import WorkerReport
 from stator.observability.metrics import FRONTEND_METRICS, WORKER_METRICS, Kind, Metrics
 
-W1 = InstanceId("w1")
+W1 = InstanceInfo(
+    instance_id=InstanceId("w1"), service="VllmWorker", role="decode", addresses=(), endpoints=(), host="h", pid=1
+)
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -15,8 +19,18 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
     return None
 
 
-def update(metrics: Metrics, load: EngineLoad, at: float, **prefills: int) -> None:
-    metrics.workers.update(W1, service="VllmWorker", role="decode", host="h", load=load, at=at, prefills=prefills)
+class Clock:
+    """Seconds, set by the test."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def report(load: EngineLoad, waiting: int = 0, **prefills: int) -> WorkerReport:
+    return WorkerReport(load=load, prefills=prefills, queue_waiting=waiting)
 
 
 def test_names_are_declared_once_and_say_what_they_count():
@@ -37,7 +51,7 @@ def test_two_registries_share_nothing():
 def test_children_are_cached():
     metrics = Metrics()
     assert metrics.counter("rejected_total", "a") is metrics.counter("rejected_total", "a")
-    assert metrics.gauge("prefill_queue_size") is metrics.gauge("prefill_queue_size")
+    assert metrics.gauge("requests_in_progress", "chat") is metrics.gauge("requests_in_progress", "chat")
     assert metrics.histogram("request_input_tokens", "m", "chat") is metrics.histogram(
         "request_input_tokens", "m", "chat"
     )
@@ -61,8 +75,9 @@ def test_tallied_histogram_adds_up_streams():
 
 
 def test_worker_figures():
-    metrics = Metrics()
-    update(metrics, EngineLoad(num_blocks=10), at=100.0)
+    clock = Clock()
+    metrics = Metrics(clock)
+    metrics.workers.update(W1, report(EngineLoad(num_blocks=10)))
     after = EngineLoad(
         num_running=4,
         num_waiting=1,
@@ -76,7 +91,8 @@ def test_worker_figures():
         generation_tokens_total=40,
         preemptions_total=1,
     )
-    update(metrics, after, at=102.0, remote=2, fallback=1, nonsense=5)
+    clock.now = 2.0
+    metrics.workers.update(W1, report(after, waiting=6, remote=2, fallback=1, nonsense=5))
     expected = {
         "running_requests": 4,
         "waiting_requests": 1,
@@ -99,21 +115,24 @@ def test_worker_figures():
     assert sample(metrics, "stator_remote_prefill_total", outcome="remote", **labels) == 2
     assert sample(metrics, "stator_remote_prefill_total", outcome="fallback", **labels) == 1
     assert sample(metrics, "stator_remote_prefill_total", outcome="other", **labels) == 5
+    assert sample(metrics, "stator_prefill_queue_size") == 6
     kinds = {family.name: family.type for family in text_string_to_metric_families(metrics.render().decode())}
     assert kinds["stator_worker_generation_tokens"] == "counter"
     assert kinds["stator_worker_kv_blocks"] == "gauge"
 
 
 def test_throughput_is_of_the_last_seconds_only():
-    metrics = Metrics()
+    clock = Clock()
+    metrics = Metrics(clock)
     for second in range(20):
-        update(metrics, EngineLoad(generation_tokens_total=1000 * min(second, 10)), at=float(second))
+        clock.now = float(second)
+        metrics.workers.update(W1, report(EngineLoad(generation_tokens_total=1000 * min(second, 10))))
     assert sample(metrics, "stator_worker_generation_throughput_tokens_per_second") == 0
 
 
 def test_a_worker_that_left_takes_its_series_along():
-    metrics = Metrics()
-    update(metrics, EngineLoad(), at=0.0)
-    metrics.workers.remove(W1)
-    metrics.workers.remove(W1)
+    metrics = Metrics(Clock())
+    metrics.workers.update(W1, report(EngineLoad()))
+    metrics.workers.remove(W1.instance_id)
+    metrics.workers.remove(W1.instance_id)
     assert sample(metrics, "stator_worker_kv_blocks") is None
