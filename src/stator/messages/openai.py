@@ -5,9 +5,14 @@ A field of OpenAI's schema that is declared here but not supported yet is refuse
 (`UNSUPPORTED_UNLESS`); none of them is silently dropped. Fields nobody declared are other vendors' extensions.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""JSON knows no width; the wire behind the HTTP edge carries 64 bits."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 
 
 class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
@@ -35,30 +40,30 @@ class RequestFields(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Int | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool = False
-    min_tokens: int | None = None
+    min_tokens: Int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     cache_salt: str | None = None
-    priority: int | None = None
+    priority: Int | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
-    n: int | None = None
+    n: Int | None = None
     logit_bias: dict[str, float] | None = None
 
 
 class ChatCompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_only=True):
     messages: list[ChatMessage]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     response_format: dict[str, Any] | None = None
@@ -71,12 +76,51 @@ class ChatCompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_o
 
 
 class CompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_only=True):
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = None
-    best_of: int | None = None
+    """prompt: one text, a list of texts, the token ids of one prompt, or a list of such: never mixed, which the
+    Frontend checks (`frontend.decode`), because a decoder cannot tell one list from another by its type."""
+
+    prompt: str | list[str | TokenId | list[TokenId]]
+    max_tokens: Int | None = None
+    best_of: Int | None = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Int | None = None
     suffix: str | None = None
+
+
+UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": ("none",),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+"""Values, beside null, with which a field that is not supported asks for nothing."""
+
+
+def unsupported_field(request: RequestFields) -> str | None:
+    """The first field that asks for what is not supported yet, in the order of the schema; None if there is none."""
+    for name in request.__struct_fields__:
+        harmless = UNSUPPORTED_UNLESS.get(name)
+        if harmless is None:
+            continue
+        value = getattr(request, name)
+        # `0 == False` in Python, and completions' `logprobs: 0` asks for the chosen token's probability.
+        if value is not None and not any(type(value) is type(each) and value == each for each in harmless):
+            return name
+    if request.stream_options is not None and request.stream_options.include_obfuscation:
+        return "stream_options.include_obfuscation"
+    return None
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -99,3 +143,58 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 class ErrorResponse(msgspec.Struct, frozen=True):
     error: ErrorBody
+
+
+class ChatAnswer(msgspec.Struct, frozen=True):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: str | None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    message: ChatAnswer
+    finish_reason: str
+    index: int = 0
+    logprobs: None = None
+
+
+class ChatCompletion(msgspec.Struct, frozen=True):
+    """created: Unix seconds."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    text: str
+    finish_reason: str
+    index: int = 0
+    logprobs: None = None
+
+
+class TextCompletion(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    object: Literal["text_completion"] = "text_completion"
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """id: the served name. max_model_len: prompt and output tokens, as vLLM's extension names it."""
+
+    id: str
+    created: int
+    max_model_len: int | None = None
+    owned_by: str = "stator"
+    object: Literal["model"] = "model"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
