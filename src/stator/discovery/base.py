@@ -11,29 +11,14 @@ back, never a silent gap.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
-import msgspec
-
+from stator.core.key_store import KeyValue as KeyValue
+from stator.core.key_store import WatchBatch as WatchBatch
 from stator.ids import LeaseId
 
 DEFAULT_LEASE_TTL_S = 10.0
-
-
-class KeyValue(msgspec.Struct, frozen=True, array_like=True):
-    key: str
-    value: bytes
-    revision: int
-    lease_id: LeaseId | None = None
-
-
-class WatchBatch(msgspec.Struct, frozen=True, omit_defaults=True):
-    """reset: `puts` is the whole state of the prefix and replaces what the watcher knew. Otherwise a change."""
-
-    puts: list[KeyValue] = []
-    deletes: list[str] = []
-    reset: bool = False
 
 
 class Lease(Protocol):
@@ -74,8 +59,10 @@ class Discovery(Protocol):
 
     async def delete(self, key: str) -> bool: ...
 
-    def watch(self, prefix: str) -> AsyncIterator[WatchBatch]:
-        """The whole state first, then changes, until the iterator is closed. Survives the loss of the server."""
+    def watch(self, prefix: str) -> AsyncGenerator[WatchBatch, None]:
+        """The whole state first, then changes, until it is closed (`aclosing`). Survives the loss of the server.
+
+        Starts when it is first awaited. Ends when this client is closed."""
         ...
 
     async def close(self) -> None:

@@ -12,40 +12,17 @@ cases the job goes back to the head of its line with the next attempt number, or
 be idempotent by job id.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
-import msgspec
-
+from stator.core.job_queue import DEFAULT_ACK_WAIT_S as DEFAULT_ACK_WAIT_S
+from stator.core.job_queue import DEFAULT_MAX_DELIVERIES as DEFAULT_MAX_DELIVERIES
+from stator.core.job_queue import DEFAULT_MAX_WAITING as DEFAULT_MAX_WAITING
+from stator.core.job_queue import DEFAULT_STEAL_AFTER_S as DEFAULT_STEAL_AFTER_S
+from stator.core.job_queue import DeadLetter as DeadLetter
+from stator.core.job_queue import Delivery as Delivery
+from stator.core.job_queue import QueueSize as QueueSize
 from stator.ids import InstanceId, JobId, LeaseId
-
-DEFAULT_ACK_WAIT_S = 30.0
-DEFAULT_STEAL_AFTER_S = 1.0
-DEFAULT_MAX_DELIVERIES = 3
-DEFAULT_MAX_WAITING = 4096
-
-
-class Delivery(msgspec.Struct, frozen=True, omit_defaults=True):
-    """attempt counts from 1. seconds_left: until the job's deadline, None without one."""
-
-    job_id: JobId
-    attempt: int
-    payload: bytes
-    seconds_left: float | None = None
-
-
-class DeadLetter(msgspec.Struct, frozen=True):
-    job_id: JobId
-    attempts: int
-    reason: str
-    payload: bytes
-
-
-class QueueSize(msgspec.Struct, frozen=True):
-    """waiting: jobs nobody has taken. in_flight: delivered and not yet acked."""
-
-    waiting: int
-    in_flight: int
 
 
 class JobQueue(Protocol):
@@ -85,7 +62,7 @@ class JobQueue(Protocol):
 
     async def size(self) -> QueueSize: ...
 
-    def watch_size(self) -> AsyncIterator[QueueSize]:
+    def watch_size(self) -> AsyncGenerator[QueueSize, None]:
         """The size now, then whenever it changed (changes may be merged). Survives the loss of the server."""
         ...
 
