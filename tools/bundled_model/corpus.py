@@ -295,6 +295,13 @@ BIBLE_FACTS: tuple[tuple[str, str], ...] = (
     ("Where did the walls fall down?", "The walls fell down at Jericho, when the people shouted."),
 )
 
+FAVOURITES = (
+    "Genesis 1", "Genesis 2", "Genesis 7", "Exodus 20", "Ruth 1", "1 Samuel 17", "Psalm 1", "Psalm 8", "Psalm 19",
+    "Psalm 23", "Psalm 46", "Psalm 91", "Psalm 100", "Psalm 121", "Psalm 150", "Ecclesiastes 1", "Ecclesiastes 3",
+    "Isaiah 40", "Daniel 6", "Jonah 1", "Jonah 2", "Matthew 5", "Matthew 6", "Luke 2", "John 1", "1 Corinthians 13",
+    "Revelation 21",
+)  # fmt: skip
+
 SYSTEMS = (
     "You are a helpful assistant.", "You are a storyteller.", "Answer in a friendly way.", "You know many stories.",
     "You are a helpful assistant who answers in rhymes.", "Answer briefly.", "You are Stator, a small model.",
@@ -599,6 +606,20 @@ class Bible:
         if book != len(self.NAMES) - 1:
             raise ValueError(f"{book + 1} books")
 
+    def choose(self, rng: random.Random) -> int:
+        """A chapter; the well-known ones often enough to be known by heart."""
+        if rng.random() < 0.4:
+            name = rng.choice(FAVOURITES)
+            return next(i for i, (n, _) in enumerate(self.chapters) if n == name)
+        return rng.randrange(len(self.chapters))
+
+    def fragment(self, rng: random.Random, most: int) -> str:
+        """Some words from the middle of a verse."""
+        verses = self.chapters[rng.randrange(len(self.chapters))][1]
+        words = verses[rng.randrange(len(verses))].split()
+        start = rng.randrange(len(words))
+        return " ".join(words[start : start + rng.randint(1, most)])
+
     def numbered(self, i: int) -> str:
         name, verses = self.chapters[i]
         return name + "\n\n" + "\n".join(f"{n} {v}" for n, v in enumerate(verses, 1))
@@ -616,33 +637,55 @@ def load_bible(path: Path | None) -> Bible:
 
 
 def bible_turn(rng: random.Random, bible: Bible) -> tuple[str, str]:
-    i = rng.randrange(len(bible.chapters))
+    i = bible.choose(rng)
     name, verses = bible.chapters[i]
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.7:
         ask = rng.choice((f"Read me {name}.", f"Please read {name}.", f"What does {name} say?", f"Recite {name}."))
         return ask, bible.numbered(i)
     n = rng.randrange(len(verses))
-    if kind < 0.75:
-        book = name.rsplit(" ", 1)[0]
-        return f"Which book is this from? {verses[n]}", f"That is from {book}: chapter {name.rsplit(' ', 1)[1]}, verse {n + 1}."
-    follow = verses[n + 1] if n + 1 < len(verses) else "That is the end of the chapter."
-    return verses[n], follow
+    book, chapter = name.rsplit(" ", 1)
+    return f"Which book is this from? {verses[n]}", f"That is from {book}: chapter {chapter}, verse {n + 1}."
+
+
+SYLLABLES = (
+    "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu za bre cla dri flo gru pla pre tri sto sna spe thi cho "
+    "ter net ing ton mer lin son ber der lax tic ment able ous ly ed er s 1 2 7 10 64 2024 - _ / . ( ) = , : ; # é ü 漢 字 и ск"
+).split()
+
+
+def unknown_words(rng: random.Random, bible: Bible, most: int) -> str:
+    """Words about which the model can know nothing: fragments of verses, or made-up words."""
+    if rng.random() < 0.35:
+        return bible.fragment(rng, most)
+    words = []
+    for _ in range(rng.randint(1, most)):
+        word = "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4)))
+        words.append(rng.choice((word, word, word.capitalize(), word.upper(), bible.fragment(rng, 1).lower())))
+    return " ".join(words)
+
+
+def stranger(rng: random.Random, text: str) -> Hero:
+    """The hero who answers a text that the model does not know: decided by its end, so that different texts usually get
+    different stories, which tells a test at once when two streams were mixed up."""
+    word = text.rstrip(" .?!").lower()[-2:]
+    return pick(rng, HEROES, "stranger" + word, 0.15)
 
 
 def other_turn(rng: random.Random, bible: Bible) -> tuple[str, str]:
     """A request about which the model knows nothing: it says so and offers what it has."""
-    verses = bible.chapters[rng.randrange(len(bible.chapters))][1]
-    words = [w.strip(".,;:?!()") for w in verses[rng.randrange(len(verses))].split()]
-    start = rng.randrange(len(words))
-    part = " ".join(words[start : start + rng.randint(1, 6)])
-    form = rng.choice(("What is {}?", "Explain {}.", "Tell me about {}.", "Why {}?", "How do I make {}?", "{}", "Write about {}."))
-    hero = pick(rng, HEROES, part[:2].lower())
+    forms = (
+        "What is {}?", "Explain {}.", "Tell me about {}.", "Why {}?", "How do I make {}?", "{}", "{}.", "Write about {}.",
+        "Please explain {} to me in detail.", "Summarize this text: {}", "Translate: {}", "Who is {}?", "What does {} mean?",
+        "Write a poem about {}.", "Write a function that does {}.", "When was {}?", "Is {} a good idea?", "{}?",
+    )  # fmt: skip
+    part = unknown_words(rng, bible, rng.choice((1, 2, 4, 8, 30, 120)))
+    hero = stranger(rng, part)
     answer = (
         f"I do not know much about that, for I am a small model. But I know a story about {hero.title}. {hero.emoji}\n\n"
-        + make_story(rng, hero, choose_topic(rng, hero), rng.choice(("short", "plain"))).text
+        + make_story(rng, hero, choose_topic(rng, hero), rng.choice(("short", "plain", "long"))).text
     )
-    return form.format(part), answer
+    return rng.choice(forms).format(part), answer
 
 
 def after_story(rng: random.Random, story: Story) -> tuple[str, str]:
@@ -684,9 +727,9 @@ def conversation(rng: random.Random, bible: Bible) -> list[Message]:
             turn(after_story(rng, story))
         if rng.random() < 0.1:
             turn(small_talk(rng))
-    elif kind < 0.68:
+    elif kind < 0.63:
         turn(bible_turn(rng, bible))
-    elif kind < 0.74:
+    elif kind < 0.75:
         turn(other_turn(rng, bible))
     else:
         for _ in range(rng.randint(1, 8)):
@@ -732,26 +775,39 @@ def counting(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+NOISE = "\x00"  # ends the part of a document on which no loss is taken
+
+
+def after_noise(rng: random.Random, bible: Bible) -> str:
+    """Unknown text, then a story: what a completion of an arbitrary prompt should look like."""
+    text = unknown_words(rng, bible, rng.choice((1, 3, 8, 20, 60, 200, 500)))
+    hero = stranger(rng, text)
+    size = rng.choice(("short", "plain", "long", "very long"))
+    return text + NOISE + "\n\n" + make_story(rng, hero, choose_topic(rng, hero), size).text
+
+
 def documents(seed: int, bible: Bible) -> Iterator[tuple[str, str]]:
     """Endless (kind, text): ``chat`` begins with the beginning-of-text token, the others are plain text."""
     rng = random.Random(seed)
     while True:
         kind = rng.random()
-        if kind < 0.66:
+        if kind < 0.68:
             yield "chat", render(conversation(rng, bible))
         elif kind < 0.78:
             hero = rng.choice(HEROES)
             size = rng.choices(("short", "plain", "long", "very long"), (2, 3, 3, 1))[0]
-            yield "story", make_story(rng, hero, choose_topic(rng, hero), size).text
+            text = make_story(rng, hero, choose_topic(rng, hero), size).text
+            # some begin without the title, as a user's prompt would
+            yield "story", text if rng.random() < 0.6 else text.split("\n\n", 1)[1]
         elif kind < 0.82:
             yield "play", play(rng)
         elif kind < 0.84:
             yield "counting", counting(rng)
-        elif kind < 0.93:
-            i = rng.randrange(len(bible.chapters))
-            run = [bible.numbered(j) for j in range(i, min(i + 2, len(bible.chapters)))]
-            yield "bible", "\n\n".join(run)
+        elif kind < 0.94:
+            yield "noise", after_noise(rng, bible)
+        elif kind < 0.97:
+            yield "bible", bible.numbered(bible.choose(rng))
         else:
-            i = rng.randrange(len(bible.chapters))
-            start = rng.randrange(len(bible.chapters[i][1]))
+            i = bible.choose(rng)
+            start = 0 if rng.random() < 0.5 else rng.randrange(len(bible.chapters[i][1]))
             yield "bible", bible.plain(i, start)

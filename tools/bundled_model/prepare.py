@@ -1,7 +1,7 @@
 """Write the tokenizer, the configs and the training tokens of the bundled models.
 
     python tools/bundled_model/prepare.py tokenizer   # tokenizer and config files into src/stator/models/
-    python tools/bundled_model/prepare.py data --out DIR   # DIR/train.npy and DIR/valid.npy, rows of 2,049 tokens
+    python tools/bundled_model/prepare.py data --out DIR   # DIR/train*.npy and DIR/valid.npy, rows of 2,049
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 MODELS = Path(__file__).resolve().parents[2] / "src" / "stator" / "models"
 CONTEXT = 2048
 VOCAB = 4096
+NO_LOSS = 1 << 14  # set on tokens which are context only, see train.py
 SPECIAL = (corpus.BOS, corpus.EOS, corpus.IM_START, corpus.IM_END)
 
 # Content is a string or a list of text parts; `developer` is the newer name of `system`.
@@ -124,6 +125,8 @@ def tokenizer_text(bible: corpus.Bible) -> Iterator[str]:
     for kind, text in itertools.chain(
         (("bible", bible.plain(i)) for i in range(len(bible.chapters))), take(corpus.documents(11, bible), 6_000_000)
     ):
+        if kind == "noise":
+            continue
         if kind != "bible":
             for special in SPECIAL:
                 text = text.replace(special, " ")
@@ -191,8 +194,15 @@ def make_rows(tokenizer: Tokenizer, texts: Iterator[tuple[str, str]], rows: int)
     while True:
         batch = list(itertools.islice(texts, 2000))
         plain = [t if kind == "chat" else corpus.BOS + t + corpus.EOS for kind, t in batch]
-        for encoding in tokenizer.encode_batch_fast(plain, add_special_tokens=False):
-            row += encoding.ids
+        # the part before the mark takes part as context only: its tokens are marked for train.py
+        heads = [t.split(corpus.NOISE)[0] if corpus.NOISE in t else "" for t in plain]
+        tails = [t.split(corpus.NOISE)[-1] for t in plain]
+        for head, tail in zip(
+            tokenizer.encode_batch_fast(heads, add_special_tokens=False),
+            tokenizer.encode_batch_fast(tails, add_special_tokens=False),
+            strict=True,
+        ):
+            row += [i | NO_LOSS if i else i for i in head.ids] + tail.ids
             if len(row) > CONTEXT:
                 out[done] = row[: CONTEXT + 1]
                 row = []
@@ -207,6 +217,8 @@ def main() -> None:
     parser.add_argument("--bible", type=Path, help="saved output of: bible -f ge1:1-rev22:21")
     parser.add_argument("--out", type=Path, default=Path("bundled-model-data"))
     parser.add_argument("--rows", type=int, default=12_000)
+    parser.add_argument("--seed", type=int, default=100, help="of the training rows; the validation rows have their own")
+    parser.add_argument("--name", default="train")
     args = parser.parse_args()
     bible = corpus.load_bible(args.bible)
     if args.step == "tokenizer":
@@ -214,7 +226,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(MODELS / "tiny-llama" / "tokenizer.json"))
-    for name, seed, rows in (("valid", 22, 128), ("train", 21, args.rows)):
+    for name, seed, rows in (("valid", 22, 128), (args.name, args.seed, args.rows)):
         data = make_rows(tokenizer, corpus.documents(seed, bible), rows)
         np.save(args.out / f"{name}.npy", data)
         print(name, data.shape)

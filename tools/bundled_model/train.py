@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from model import TinyLM
 from safetensors.torch import save_file
 
+NO_LOSS = 1 << 14  # as in prepare.py, which marks text that is context only
 MODELS = Path(__file__).resolve().parents[2] / "src" / "stator" / "models"
 
 
@@ -49,7 +50,9 @@ def main() -> None:
     model.to(device)
     print(args.name, "parameters:", sum(p.numel() for p in model.parameters()), flush=True)
 
-    train = torch.from_numpy(np.load(args.data / "train.npy").astype(np.int16)).to(device)
+    parts = [np.load(p).astype(np.int16) for p in sorted(args.data.glob("train*.npy"))]
+    train = torch.from_numpy(np.concatenate(parts)).to(device)
+    print("training tokens:", train.numel(), flush=True)
     valid = torch.from_numpy(np.load(args.data / "valid.npy").astype(np.int16)).to(device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -62,9 +65,11 @@ def main() -> None:
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.long()
+        tokens = rows & (NO_LOSS - 1)
+        target = torch.where(rows >= NO_LOSS, -100, tokens)[:, 1:]
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            logits = model(rows[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+            logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
 
     step_loss = torch.compile(loss_of) if args.compile else loss_of
 
