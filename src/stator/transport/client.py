@@ -1,0 +1,92 @@
+"""The request plane's client: picks the carrier by the address, shares connections, never raises from `open`."""
+
+from typing import Any
+
+from stator.errors import ErrorCode, StatorError
+from stator.runtime.context import CallContext, loop_time
+from stator.transport.addresses import Address, InProcessAddress, parse_address
+from stator.transport.base import Sink, StreamHandle, Target
+from stator.transport.client_stream import ClientStream
+from stator.transport.inprocess import InProcessNetwork
+from stator.transport.refusals import stale_instance, wrong_namespace
+from stator.transport.server_call import deadline_passed
+from stator.transport.settings import Identity, TransportSettings
+
+MAX_PARSED_ADDRESSES = 4096
+
+
+class RequestPlaneClient:
+    """Implements transport.base.TransportClient over all carriers.
+
+    identity: who calls, and the token that is proved to servers on sockets. network: where `inproc://` names are
+    looked up; without it such addresses are passed over.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        network: InProcessNetwork | None = None,
+        settings: TransportSettings | None = None,
+    ) -> None:
+        self._identity = identity
+        self._network = network
+        self._settings = settings or TransportSettings()
+        self._parsed: dict[str, Address] = {}
+        self._inprocess: set[ClientStream] = set()
+        self._closed = False
+
+    def open(
+        self, target: Target, request: Any, sink: Sink, *, context: CallContext, item_type: Any = Any
+    ) -> StreamHandle:
+        settings = self._settings
+        stream = ClientStream(target.endpoint, sink, context, item_type, settings.window(target.lane))
+        if context.deadline is not None and context.deadline <= loop_time():
+            stream.break_soon(deadline_passed(target.endpoint))
+        elif self._closed:
+            stream.break_soon(StatorError(ErrorCode.CANCELLED, "this client was closed"))
+        else:
+            try:
+                self._route(stream, target, request)
+            except StatorError as error:
+                stream.break_soon(error)
+        return stream
+
+    async def close(self) -> None:
+        self._closed = True
+        for stream in list(self._inprocess):
+            stream.cancel()
+
+    def _route(self, stream: ClientStream, target: Target, request: Any) -> None:
+        """Raises StatorError for a target that cannot be reached."""
+        refusal: StatorError | None = None
+        for address in [self._parse(text) for text in target.addresses]:
+            if not isinstance(address, InProcessAddress):
+                continue
+            server = None if self._network is None else self._network.find(address.name)
+            if server is None:
+                continue
+            theirs = server.identity
+            if theirs.namespace != self._identity.namespace:
+                refusal = wrong_namespace(theirs.namespace, self._identity.namespace)
+            elif target.instance_id is not None and server.instance_id != target.instance_id:
+                refusal = stale_instance(target.instance_id, server.instance_id)
+            else:
+                server.open(stream, target, request)
+                return
+        raise refusal or StatorError(
+            ErrorCode.INSTANCE_LOST,
+            f"nothing is reached for {target.endpoint} at {', '.join(target.addresses) or 'no address'}",
+        )
+
+    def _parse(self, text: str) -> Address:
+        address = self._parsed.get(text)
+        if address is None:
+            try:
+                address = parse_address(text)
+            except ValueError as error:
+                raise StatorError(ErrorCode.PROTOCOL, str(error)) from error
+            if len(self._parsed) >= MAX_PARSED_ADDRESSES:
+                self._parsed.clear()
+            self._parsed[text] = address
+        return address
