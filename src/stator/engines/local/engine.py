@@ -1,0 +1,462 @@
+"""The local engine: the scheduler of `core.scheduler` around a runner.
+
+One task plans a step, has the worker thread compute it, applies the result and pushes all sinks within one callback
+of the loop. When there is nothing to compute it waits for an event; nothing polls. All state is the event loop's; the
+worker thread only ever sees a step's chunks and block contents.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stator import __version__
+from stator.core.blocks import BlockManager
+from stator.core.scheduler import LiveSequence, Plan, ScheduledChunk, Scheduler, SchedulerConfig, StepOutcome
+from stator.engines.base import EngineHost, KvListener
+from stator.engines.local.args import LocalEngineArgs
+from stator.engines.local.connector import BlockFetcher, BlockServer
+from stator.engines.local.runner import Chunk, Runner, SampleSpec
+from stator.engines.local.transfer import CONNECTOR, TransferParams, as_dict, digest_tokens, parse_transfer
+from stator.engines.local.worker_thread import WorkerThread
+from stator.errors import ConfigError, ErrorCode, StatorError
+from stator.ids import RequestId, TransferId
+from stator.messages.engine import (
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    FinishReason,
+    KvEvent,
+    PrefillResult,
+    SamplingParams,
+    TokenDelta,
+)
+from stator.messages.tokens import num_tokens, unpack
+from stator.runtime.tasks import TaskOwner
+from stator.transport.base import Sink
+
+logger = logging.getLogger(__name__)
+
+RunnerFactory = Callable[[LocalEngineArgs], Runner]
+"""Loads the model; runs on the engine's worker thread. Raises ConfigError for one that cannot be used."""
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """A request's sink and sequence. started: a delta was pushed. prompt_ids: unpacked, once penalties asked for it.
+
+    transfer: set until the prefill engine was told that its blocks are needed no more. num_peer_cached: leading tokens
+    that it had in its prefix cache, once its blocks are here.
+    """
+
+    sink: Sink
+    sequence: LiveSequence
+    transfer: TransferParams | None = None
+    fetch: asyncio.Task[None] | None = None
+    num_peer_cached: int = 0
+    started: bool = False
+    prompt_ids: list[int] | None = None
+
+
+class LocalEngine:
+    """Implements engines.base.Engine; all methods are for the event loop on which `start` was called."""
+
+    def __init__(
+        self, args: LocalEngineArgs, *, runner_factory: RunnerFactory, rng: random.Random | None = None
+    ) -> None:
+        """rng: draws transfer ids, and seeds for requests without one; by default seeded by args.seed, else by the
+        system."""
+        self._args = args
+        self._runner_factory = runner_factory
+        self._rng = rng if rng is not None else random.Random(args.seed)
+        self._streams: dict[RequestId, _Stream] = {}
+        self._listeners: dict[int, KvListener] = {}
+        self._num_listeners = 0
+        self._num_transfer_failures = 0
+        self._ended: StatorError | None = None
+        self._started = False
+        self._stop_lock = asyncio.Lock()
+
+    async def start(self, host: EngineHost) -> EngineInfo:
+        args = self._args
+        args.check()
+        self._host = host
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._thread = WorkerThread("stator-engine")
+        self._tasks = TaskOwner("local engine")
+        try:
+            self._runner = await self._thread.run(self._runner_factory, args)
+            config = _scheduler_config(args, self._runner)
+        except BaseException:
+            await self._thread.close()
+            raise
+        self._blocks = BlockManager(
+            self._runner.num_blocks,
+            self._runner.block_size,
+            model=args.name,
+            enable_prefix_caching=args.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(config, self._blocks)
+        self._server = BlockServer(
+            blocks_of=self._scheduler.held_blocks,
+            free=self._free_held,
+            export=self._export_blocks,
+            hold_s=args.transfer_hold_s,
+        )
+        self._server.register(host)
+        self._fetcher = BlockFetcher(host, self._import_blocks, timeout_s=args.transfer_timeout_s)
+        self._started = True
+        self._steps = self._tasks.spawn(self._run(), "steps")
+        return self._describe(config)
+
+    def generate(self, request: EngineRequest, sink: Sink) -> None:
+        if (error := self._refusal(request)) is not None:
+            asyncio.get_running_loop().call_soon(_end, sink, error)
+            return
+        reason = self._scheduler.finished_on_arrival(request)
+        if reason is not None:
+            self._loop.call_soon(_push_last, sink, TokenDelta([], reason, 0))
+            return
+        transfer = self._usable_transfer(request)
+        num_fetchable = transfer.num_tokens if transfer is not None else 0
+        sequence = self._scheduler.add(request, seed=self._seed_of(request.sampling), num_fetchable=num_fetchable)
+        self._streams[request.request_id] = _Stream(sink, sequence, transfer)
+        self._wake.set()
+
+    def prefill(self, request: EngineRequest, sink: Sink) -> None:
+        if (error := self._refusal(request)) is not None:
+            asyncio.get_running_loop().call_soon(_end, sink, error)
+            return
+        transfer_id = TransferId(f"{self._host.instance_id}.{self._rng.getrandbits(96):024x}")
+        sequence = self._scheduler.add(request, seed=0, hold_as=transfer_id)
+        self._streams[request.request_id] = _Stream(sink, sequence)
+        self._wake.set()
+
+    def abort(self, request_id: RequestId) -> None:
+        stream = self._streams.pop(request_id, None)
+        if stream is None:
+            return
+        self._drop(stream)
+        error = StatorError(ErrorCode.CANCELLED, "the request was cancelled")
+        # Not from inside the caller's call, which may be in the midst of a change of its own.
+        self._loop.call_soon(_end, stream.sink, error)
+        self._wake.set()
+
+    def release(self, transfer_id: TransferId) -> None:
+        if self._started:
+            self._server.release(transfer_id)
+
+    def load(self) -> EngineLoad:
+        return self._scheduler.load()
+
+    @property
+    def num_transfer_failures(self) -> int:
+        """Requests with a transfer whose blocks could not be fetched and whose prompt was computed here instead."""
+        return self._num_transfer_failures
+
+    def cached_prefix_tokens(self, request: EngineRequest) -> int:
+        return self._scheduler.cached_prefix_tokens(request)
+
+    def watch_kv(self, listener: KvListener) -> Callable[[], None]:
+        self._publish_kv()
+        listener(self._blocks.snapshot())
+        self._num_listeners += 1
+        key = self._num_listeners
+        self._listeners[key] = listener
+
+        def unwatch() -> None:
+            self._listeners.pop(key, None)
+
+        return unwatch
+
+    async def reset_prefix_cache(self) -> bool:
+        emptied = self._blocks.reset_cache()
+        self._publish_kv()
+        return emptied
+
+    async def stop(self) -> None:
+        async with self._stop_lock:
+            if not self._started:
+                return
+            self._end_all(StatorError(ErrorCode.ENGINE_DEAD, "the engine was stopped"))
+            self._wake.set()
+            # A step under way cannot be interrupted; its result finds no sequence.
+            await asyncio.wait([self._steps])
+            await self._server.close()
+            await self._tasks.close()
+            await self._thread.close()
+            self._publish_kv()
+            self._listeners.clear()
+
+    async def _run(self) -> None:
+        try:
+            while self._ended is None:
+                plan = self._scheduler.plan()
+                for sequence in plan.fetches:
+                    self._start_fetch(sequence)
+                self._publish_kv()
+                if not plan.chunks:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                chunks = [self._chunk(chunk) for chunk in plan.chunks]
+                sampled = await self._thread.run(self._runner.step, chunks)
+                self._finish_step(plan, sampled)
+        except Exception as error:
+            logger.exception("the local engine failed")
+            self._die(f"{type(error).__name__} in the engine's step: {error}")
+
+    def _finish_step(self, plan: Plan, sampled: Sequence[int | None]) -> None:
+        outcomes = self._scheduler.apply(plan, sampled)
+        self._publish_kv()
+        for outcome in outcomes:
+            self._deliver(outcome)
+
+    def _deliver(self, outcome: StepOutcome) -> None:
+        sequence = outcome.sequence
+        # A sink may abort other requests of the same step.
+        stream = self._streams.get(sequence.request_id)
+        if stream is None or stream.sequence is not sequence:
+            return
+        if sequence.hold_as is not None:
+            self._deliver_prefill(stream, sequence, sequence.hold_as)
+            return
+        assert outcome.token_id is not None
+        delta = self._delta(stream, outcome.token_id, outcome.finish_reason)
+        if outcome.finish_reason is None:
+            self._push(stream, delta)
+            return
+        del self._streams[sequence.request_id]
+        self._release_at_peer(stream)
+        _push_last(stream.sink, delta)
+
+    def _delta(self, stream: _Stream, token_id: int, reason: FinishReason | None) -> TokenDelta:
+        if stream.started:
+            return TokenDelta([token_id], reason)
+        stream.started = True
+        # What was not fetched was in the own prefix cache: nobody needs the peer's blocks any more.
+        self._release_at_peer(stream)
+        sequence = stream.sequence
+        num_local = sequence.num_cached
+        num_peer = min(stream.num_peer_cached, num_local + sequence.num_transferred)
+        num_prompt = num_tokens(sequence.request.prompt_ids)
+        num_cached = min(num_prompt, max(num_local, num_peer))
+        return TokenDelta([token_id], reason, num_cached, sequence.num_transferred)
+
+    def _deliver_prefill(self, stream: _Stream, sequence: LiveSequence, transfer_id: TransferId) -> None:
+        del self._streams[sequence.request_id]
+        self._server.hold(transfer_id)
+        params = TransferParams(
+            connector=CONNECTOR,
+            transfer_id=transfer_id,
+            instance_id=self._host.instance_id,
+            addresses=self._host.addresses,
+            num_tokens=sequence.num_tokens,
+            num_cached_tokens=sequence.num_cached,
+            digest=digest_tokens(sequence.request, sequence.num_tokens),
+        )
+        num_prompt = num_tokens(sequence.request.prompt_ids)
+        _push_last(stream.sink, PrefillResult(as_dict(params), num_prompt, min(sequence.num_cached, num_prompt)))
+
+    def _push(self, stream: _Stream, delta: TokenDelta) -> None:
+        try:
+            stream.sink.items([delta])
+        except Exception:
+            logger.exception("the sink of request %s failed; aborting it", stream.sequence.request_id)
+            self.abort(stream.sequence.request_id)
+
+    def _chunk(self, chunk: ScheduledChunk) -> Chunk:
+        sequence = chunk.sequence
+        token_ids = sequence.token_ids(chunk.start, chunk.start + chunk.num_tokens)
+        sample = self._sample_spec(sequence) if chunk.samples else None
+        # Copies: the worker thread reads them while the loop may change the table.
+        return Chunk(tuple(sequence.table.block_ids), token_ids, chunk.start, sample)
+
+    def _sample_spec(self, sequence: LiveSequence) -> SampleSpec:
+        params = sequence.request.sampling
+        prompt_ids = output_ids = None
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+            stream = self._streams[sequence.request_id]
+            if stream.prompt_ids is None:
+                stream.prompt_ids = unpack(sequence.request.prompt_ids)
+            prompt_ids, output_ids = stream.prompt_ids, list(sequence.output_ids)
+        return SampleSpec(params, sequence.seed, sequence.num_tokens, len(sequence.output_ids), prompt_ids, output_ids)
+
+    def _start_fetch(self, sequence: LiveSequence) -> None:
+        stream = self._streams[sequence.request_id]
+        assert stream.transfer is not None, "only a sequence with a transfer enters FETCHING"
+        stream.fetch = self._tasks.spawn(self._fetch(stream, stream.transfer), "fetch")
+
+    async def _fetch(self, stream: _Stream, transfer: TransferParams) -> None:
+        """Fill a FETCHING sequence's blocks, or let its prompt be computed here. Cancelled when the request ends."""
+        sequence = stream.sequence
+        indexes = self._scheduler.fetch_range(sequence)
+        block_ids = [sequence.table.block_ids[index] for index in indexes]
+        try:
+            await self._fetcher.fetch(transfer, sequence.request_id, indexes, block_ids)
+        except StatorError as error:
+            self._count_transfer_failure(sequence.request_id, error.message)
+            self._scheduler.fetch_failed(sequence)
+        else:
+            stream.num_peer_cached = transfer.num_cached_tokens
+            self._scheduler.fetched(sequence)
+        self._release_at_peer(stream)
+        self._publish_kv()
+        self._wake.set()
+
+    def _usable_transfer(self, request: EngineRequest) -> TransferParams | None:
+        if request.transfer is None:
+            return None
+        try:
+            return parse_transfer(request)
+        except ValueError as error:
+            self._count_transfer_failure(request.request_id, str(error))
+            return None
+
+    def _count_transfer_failure(self, request_id: RequestId, reason: str) -> None:
+        self._num_transfer_failures += 1
+        logger.warning("request %s: no KV blocks from the prefill engine (%s); computing here", request_id, reason)
+
+    def _release_at_peer(self, stream: _Stream) -> None:
+        transfer, stream.transfer = stream.transfer, None
+        if transfer is not None:
+            self._fetcher.release(transfer, stream.sequence.request_id)
+
+    def _free_held(self, transfer_id: TransferId) -> None:
+        self._scheduler.release_held(transfer_id)
+        self._wake.set()
+
+    async def _export_blocks(self, block_ids: Sequence[int], num_bytes: int) -> list[bytes]:
+        return await self._thread.run(_export, self._runner, block_ids, num_bytes)
+
+    async def _import_blocks(self, blocks: list[tuple[int, bytes]]) -> None:
+        await self._thread.run(_import, self._runner, blocks)
+
+    def _refusal(self, request: EngineRequest) -> StatorError | None:
+        if not self._started:
+            return StatorError(ErrorCode.ENGINE_DEAD, "the engine has not been started")
+        if self._ended is not None:
+            return StatorError(self._ended.code, self._ended.message)
+        if request.request_id in self._streams:
+            message = f"request {request.request_id} is already running on this engine; use another request id"
+            return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
+        try:
+            self._scheduler.check(request)
+        except StatorError as error:
+            return error
+        return None
+
+    def _seed_of(self, params: SamplingParams) -> int:
+        return params.seed if params.seed is not None else self._rng.getrandbits(63)
+
+    def _publish_kv(self) -> None:
+        events: Sequence[KvEvent] = self._blocks.take_events()
+        if not events:
+            return
+        for listener in list(self._listeners.values()):
+            try:
+                listener(events)
+            except Exception:
+                logger.exception("a listener to KV events failed")
+
+    def _die(self, reason: str) -> None:
+        self._end_all(StatorError(ErrorCode.ENGINE_DEAD, f"the engine failed ({reason})"))
+        self._host.on_dead(reason)
+
+    def _end_all(self, error: StatorError) -> None:
+        if self._ended is None:
+            self._ended = error
+        streams = list(self._streams.values())
+        self._streams.clear()
+        for stream in streams:
+            self._drop(stream)
+            _end(stream.sink, StatorError(error.code, error.message))
+
+    def _drop(self, stream: _Stream) -> None:
+        """Free what the engine and a prefill engine hold for a stream that is no longer in `_streams`."""
+        self._scheduler.abort(stream.sequence.request_id)
+        if stream.fetch is not None:
+            stream.fetch.cancel()
+        self._release_at_peer(stream)
+
+    def _describe(self, config: SchedulerConfig) -> EngineInfo:
+        runner = self._runner
+        pairing = {
+            "block_size": str(runner.block_size),
+            "kv_dtype": runner.kv_dtype,
+            "model": runner.fingerprint,
+            "engine": f"local {__version__}",
+            "connector": CONNECTOR,
+        }
+        return EngineInfo(
+            engine="local",
+            version=__version__,
+            model=self._args.name,
+            block_size=runner.block_size,
+            num_blocks=runner.num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            pairing=pairing,
+        )
+
+
+def _export(runner: Runner, block_ids: Sequence[int], num_bytes: int) -> list[bytes]:
+    contents: list[bytes] = []
+    for block_id in block_ids:
+        contents.append(runner.export_block(block_id))
+        num_bytes -= len(contents[-1])
+        if num_bytes <= 0:
+            break
+    return contents
+
+
+def _import(runner: Runner, blocks: list[tuple[int, bytes]]) -> None:
+    for block_id, content in blocks:
+        runner.import_block(block_id, content)
+
+
+def _end(sink: Sink, error: StatorError | None) -> None:
+    try:
+        sink.end(error)
+    except Exception:
+        logger.exception("a sink failed at its end")
+
+
+def _push_last(sink: Sink, item: TokenDelta | PrefillResult) -> None:
+    try:
+        sink.items([item])
+    except Exception:
+        logger.exception("a sink failed at its last item")
+    _end(sink, None)
+
+
+def _scheduler_config(args: LocalEngineArgs, runner: Runner) -> SchedulerConfig:
+    capacity = runner.num_blocks * runner.block_size
+    max_model_len = args.max_model_len
+    if max_model_len is None:
+        max_model_len = min(runner.max_model_len, capacity)
+        if capacity < runner.max_model_len:
+            logger.warning(
+                "max-model-len is %d: the model has %d, but %d KV blocks of %d tokens hold no more",
+                capacity,
+                runner.max_model_len,
+                runner.num_blocks,
+                runner.block_size,
+            )
+    elif max_model_len > runner.max_model_len:
+        raise ConfigError(f"max-model-len is {max_model_len}; the model has at most {runner.max_model_len}")
+    elif max_model_len > capacity:
+        raise ConfigError(
+            f"max-model-len is {max_model_len}, but {runner.num_blocks} KV blocks of {runner.block_size} tokens hold "
+            f"{capacity}; lower it, or raise kv-cache-memory-bytes or num-gpu-blocks-override"
+        )
+    return SchedulerConfig(
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        vocab_size=runner.vocab_size,
+        eos_token_ids=runner.eos_token_ids,
+    )
