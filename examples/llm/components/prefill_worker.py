@@ -1,0 +1,46 @@
+"""Computes the KV cache of long prompts for the decode workers. Start as many as you like, on any node, at any time."""
+
+from random import Random
+
+from stator import engines, worker
+from stator.graph import ServiceContext, endpoint, on_drain, on_start, on_stop, service
+from stator.messages.reports import ReportRequest, WorkerReport
+from stator.transport import Call
+
+
+@service(role="prefill")
+class PrefillWorker:
+    @on_start
+    async def start(self, context: ServiceContext) -> None:
+        self.engine = engines.create_engine(context.config)
+        host = worker.WorkerHost(
+            instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
+        )
+        info = await self.engine.start(host)
+        context.info_fields(model=info.model, engine=info)
+        self.jobs = worker.PrefillWorker(
+            engine=self.engine,
+            info=info,
+            host=host,
+            queue=context.queue(worker.PREFILL_QUEUE),
+            lease_id=context.lease.lease_id,
+            rng=Random(),
+        )
+        await self.jobs.start()
+        self.reporter = worker.Reporter(self.jobs.report)
+        self.reporter.start()
+
+    @endpoint(request=ReportRequest, item=WorkerReport)
+    def report(self, call: Call) -> None:
+        """This worker's figures, once a second."""
+        self.reporter.report(call)
+
+    @on_drain
+    async def drain(self) -> None:
+        await self.jobs.drain()
+
+    @on_stop
+    async def stop(self) -> None:
+        self.reporter.close()
+        await self.jobs.close()
+        await self.engine.stop()

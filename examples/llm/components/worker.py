@@ -1,0 +1,58 @@
+"""Decodes: takes requests from the Processor and streams tokens. Has long prompts prefilled elsewhere if configured."""
+
+from components.prefill_worker import PrefillWorker
+from stator import engines, worker
+from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
+from stator.messages.engine import EngineRequest, PrefillDone, PrefillDoneReply, TokenDelta
+from stator.messages.reports import ReportRequest, WorkerReport
+from stator.transport import Call
+
+
+@service(role="decode")
+class VllmWorker:
+    prefill_worker = depends(PrefillWorker)
+
+    @on_start
+    async def start(self, context: ServiceContext) -> None:
+        self.engine = engines.create_engine(context.config)
+        host = worker.WorkerHost(
+            instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
+        )
+        info = await self.engine.start(host)
+        context.info_fields(model=info.model, engine=info)
+        self.requests = worker.DecodeWorker(
+            engine=self.engine,
+            info=info,
+            host=host,
+            policy=worker.disagg_policy(context.config),
+            queue=context.queue(worker.PREFILL_QUEUE),
+            directory=context.directory,
+        )
+        await self.requests.start()
+        self.reporter = worker.Reporter(self.requests.report)
+        self.reporter.start()
+
+    @endpoint(request=EngineRequest, item=TokenDelta)
+    def generate(self, call: Call) -> None:
+        """Tokens of one request, as the engine makes them."""
+        self.requests.generate(call)
+
+    @endpoint(request=PrefillDone, item=PrefillDoneReply)
+    def prefill_done(self, call: Call) -> None:
+        """A prefill worker has computed a prompt of ours, or could not."""
+        self.requests.prefill_done(call)
+
+    @endpoint(request=ReportRequest, item=WorkerReport)
+    def report(self, call: Call) -> None:
+        """This worker's figures, once a second."""
+        self.reporter.report(call)
+
+    @on_drain
+    async def drain(self) -> None:
+        await self.requests.drain()
+
+    @on_stop
+    async def stop(self) -> None:
+        self.reporter.close()
+        await self.requests.close()
+        await self.engine.stop()
