@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from stator.config.schema import VllmWorkerConfig
 from stator.core import remote_prefill
 from stator.core.disagg import DisaggPolicy, choose_prefill
 from stator.core.remote_prefill import CancelJob, RemotePrefill, Reply, StartFetched, StartLocal
@@ -32,6 +33,18 @@ logger = logging.getLogger(__name__)
 
 REMOTE_PREFILL_TIMEOUT_S = 25.0
 """When a remote prefill is late. Longer than a lease, so that a job of a dead prefill node is redelivered first."""
+
+
+PREFILL_QUEUE = "prefill"
+
+
+def disagg_policy(config: VllmWorkerConfig) -> DisaggPolicy:
+    return DisaggPolicy(
+        remote_prefill=config.remote_prefill,
+        conditional_disagg=config.conditional_disagg,
+        max_local_prefill_length=config.max_local_prefill_length,
+        max_prefill_queue_size=config.max_prefill_queue_size,
+    )
 
 
 class _EngineSink:

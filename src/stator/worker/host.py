@@ -27,7 +27,8 @@ class WorkerHost:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return self._server.addresses
+        """Those that another process can use: they travel to peers."""
+        return tuple(a for a in self._server.addresses if not a.startswith("inproc://"))
 
     def register(self, endpoint: Endpoint) -> None:
         self._server.register(endpoint)

@@ -137,6 +137,7 @@ class PrefillWorker:
         tokens = num_tokens(job.request.prompt_ids) + num_tokens(job.request.resume_ids)
         in_hand = _InHand(delivery, job, request_id, tokens)
         self._in_hand[request_id] = in_hand
+        logger.info("took prefill job %s: %d tokens, attempt %d", job.job_id, tokens, delivery.attempt)
         self._tasks.spawn(self._serve(in_hand), f"prefill {request_id}")
 
     # One job
