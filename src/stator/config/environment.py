@@ -1,0 +1,25 @@
+"""Every environment variable that Stator reads, but for those of logging (observability.logs)."""
+
+import os
+from pathlib import Path
+
+
+def token() -> str | None:
+    """STATOR_TOKEN: the deployment's secret; wins over the token file."""
+    return os.environ.get("STATOR_TOKEN") or None
+
+
+def state_directory() -> Path:
+    """XDG_STATE_HOME/stator: what outlives a run (token files)."""
+    home = os.environ.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "stator"
+
+
+def external_control_plane() -> tuple[str | None, str | None]:
+    """NATS_SERVER (queue) and ETCD_ENDPOINTS (discovery)."""
+    return os.environ.get("NATS_SERVER") or None, os.environ.get("ETCD_ENDPOINTS") or None
+
+
+def colour() -> bool:
+    """NO_COLOR set to anything: no colour, wherever the output goes."""
+    return not os.environ.get("NO_COLOR")

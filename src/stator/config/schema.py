@@ -1,0 +1,126 @@
+"""Every option of the built-in sections: type, bounds, default, unit and help, each declared once.
+
+A worker's section takes the engine's own flags too; they are collected in `engine_args`.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+RouterMode = Literal["kv", "round-robin", "random", "least-loaded"]
+EngineName = Literal["vllm", "local", "sim"]
+
+_Port = Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 takes a free one.")]
+_BlockSize = Annotated[int, Meta(ge=1, description="Tokens in a KV block.", extra={"unit": "tokens"})]
+_MaxModelLen = Annotated[
+    int, Meta(ge=2, description="Longest prompt and output together; default: the model's.", extra={"unit": "tokens"})
+]
+_Model = Annotated[str, Meta(min_length=1, description="A model's directory, or a bundled model: stator:NAME.")]
+
+
+class Resources(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process of the service needs."""
+
+    gpu: Annotated[int, Meta(ge=0, description="GPUs for each process.", extra={"unit": "GPUs"})] = 0
+    cpu: Annotated[float, Meta(gt=0, description="CPU cores for each process.", extra={"unit": "cores"})] | None = None
+
+
+class ServiceArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """How a service is run, whatever it is; the `ServiceArgs` of any section."""
+
+    workers: Annotated[int, Meta(ge=0, le=1024, description="Processes to start on this node; 0 starts none.")] = 1
+    resources: Annotated[Resources, Meta(description="What each process needs.")] = Resources()
+    envs: Annotated[dict[str, str], Meta(description="Environment variables for the process.")] = {}
+    colocate: Annotated[bool, Meta(description="Run in the process of the service that calls it.")] | None = None
+    python: Annotated[str, Meta(description="Interpreter of another virtual environment to run it in.")] | None = None
+
+
+class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The OpenAI-compatible HTTP address."""
+
+    served_model_name: Annotated[str, Meta(description="Name clients ask for; default: the workers' names.")] | None = (
+        None
+    )
+    host: Annotated[str, Meta(description="Address to listen on.")] = "0.0.0.0"
+    port: _Port = 8000
+    endpoint: Annotated[str, Meta(description="`ns.Component.path` of older files; accepted.")] | None = None
+    endpoint_chat: Annotated[str, Meta(description="`ns.Component.path` of older files; accepted.")] | None = None
+    endpoint_completions: Annotated[str, Meta(description="`ns.Component.path` of older files; accepted.")] | None = (
+        None
+    )
+    namespaces: Annotated[list[str], Meta(description="Other deployments to serve as well.")] = []
+
+
+class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Templates, tokens and text."""
+
+    model: _Model
+    block_size: _BlockSize = 64
+    max_model_len: _MaxModelLen | None = None
+    migration_limit: Annotated[
+        int, Meta(ge=0, description="How often a request may continue on another worker.", extra={"unit": "times"})
+    ] = 3
+    router: Annotated[RouterMode, Meta(description="How a decode worker is chosen.")] = "least-loaded"
+    trust_remote_code: Annotated[bool, Meta(description="Accepted for older files; the tokenizer runs no code.")] = (
+        False
+    )
+
+
+class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The choice of a decode worker."""
+
+    model: _Model | None = None
+    min_workers: Annotated[
+        int, Meta(ge=0, description="Decode workers to wait for before the first request.", extra={"unit": "workers"})
+    ] = 1
+    block_size: _BlockSize = 64
+    mode: Annotated[RouterMode, Meta(description="Policy; default: the Processor's `router`.")] | None = None
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What decode and prefill workers have in common.
+
+    engine_args: every other key of the section, dashes as underscores, values as written. engine_arg_origins: where
+    each was written, for the engine's errors.
+    """
+
+    model: _Model
+    engine: Annotated[EngineName, Meta(description="What computes: vllm (GPU), local (numpy) or sim.")] = "vllm"
+    served_model_name: Annotated[str, Meta(description="Name clients ask for; default: Frontend's.")] | None = None
+    kv_transfer_config: (
+        Annotated[dict[str, Any] | str, Meta(description="vLLM's KV connector: a mapping, or JSON text.")] | None
+    ) = None
+    engine_args: dict[str, Any] = {}
+    engine_arg_origins: dict[str, str] = {}
+
+
+class VllmWorkerConfig(WorkerConfig, frozen=True, kw_only=True):
+    """A decode worker, or one of both roles."""
+
+    remote_prefill: Annotated[bool, Meta(description="Let prefill workers compute long prompts.")] = False
+    conditional_disagg: Annotated[bool, Meta(description="Decide per request; off: always remote.")] = False
+    max_local_prefill_length: Annotated[
+        int, Meta(ge=0, description="Longest uncached part of a prompt to prefill here.", extra={"unit": "tokens"})
+    ] = 1000
+    max_prefill_queue_size: Annotated[
+        int, Meta(ge=0, description="Queue length from which prompts are prefilled here.", extra={"unit": "jobs"})
+    ] = 2
+    router: Annotated[RouterMode, Meta(description="Accepted here; the Processor's `router` decides.")] | None = None
+
+
+class PrefillWorkerConfig(WorkerConfig, frozen=True, kw_only=True):
+    """A prefill worker: pulls jobs, computes KV blocks, hands them over."""
+
+
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "Frontend": FrontendConfig,
+    "Processor": ProcessorConfig,
+    "Router": RouterConfig,
+    "VllmWorker": VllmWorkerConfig,
+    "PrefillWorker": PrefillWorkerConfig,
+}
+
+COMMON_SECTION = "Common"
+SERVICE_ARGS = "ServiceArgs"
+COMMON_CONFIGS = "common_configs"

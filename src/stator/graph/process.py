@@ -1,0 +1,198 @@
+"""The services of one process, from start to the end of their lease.
+
+The order is the point. Start: connect, take a lease, start each service after those it calls, announce all. End: tell
+discovery that we drain, drain, stop, give the lease back, close. When the lease is lost the instance must no longer
+act (its peers believe it dead), so that it ends at once and without draining.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+from uuid import uuid4
+
+from stator.config.decode import Errors
+from stator.config.load import Configuration, Section, decode_section, raise_all
+from stator.discovery.base import Lease
+from stator.errors import ConfigError, StatorError
+from stator.graph.client import ServiceClient
+from stator.graph.context import InfoFields, ServiceContext
+from stator.graph.graph import Graph
+from stator.graph.instance import RunningService
+from stator.graph.planes import Planes
+from stator.graph.protocol import ChildSpec, ExitCode, Ready, Report
+from stator.graph.service import ServiceSpec
+from stator.ids import InstanceId
+from stator.messages.instances import InstanceState
+from stator.runtime.tasks import TaskOwner
+from stator.transport import calls
+from stator.transport.settings import Identity, Listen
+
+logger = logging.getLogger(__name__)
+
+
+class ServiceProcess:
+    """Runs the services that `spec` names.
+
+    connect: opens the planes, which `run` closes. report: told what the supervisor should know.
+    """
+
+    def __init__(
+        self,
+        spec: ChildSpec,
+        graph: Graph,
+        connect: Callable[[], Awaitable[Planes]],
+        report: Callable[[Report], None],
+    ) -> None:
+        self._spec = spec
+        self._graph = graph
+        self._connect = connect
+        self._report = report
+        self._stopping = asyncio.Event()
+        self._failure: str | None = None
+        self._running: dict[str, RunningService] = {}
+
+    def request_stop(self) -> None:
+        """Begin to drain; `run` returns when that is done."""
+        self._stopping.set()
+
+    def _fail(self, reason: str) -> None:
+        if self._failure is None:
+            logger.error("stopping: %s", reason)
+            self._failure = reason
+        self._stopping.set()
+
+    async def run(self) -> ExitCode:
+        """Raises ConfigError, StatorError or whatever a service's start raises, after everything is closed."""
+        sections = self._decode()
+        planes = await self._connect()
+        try:
+            await planes.start()
+            lease = await planes.discovery.grant_lease()
+            try:
+                return await self._serve(planes, lease, sections)
+            finally:
+                await lease.revoke()
+        finally:
+            await planes.close()
+
+    def _decode(self) -> dict[str, Section]:
+        configuration = Configuration(self._spec.sections, self._spec.source)
+        errors = Errors()
+        sections: dict[str, Section] = {}
+        for name in self._spec.services:
+            section = decode_section(name, self._graph.services[name].config_type, configuration, errors, [])
+            if section is not None:
+                sections[name] = section
+        raise_all(errors)
+        return sections
+
+    async def _serve(self, planes: Planes, lease: Lease, sections: dict[str, Section]) -> ExitCode:
+        started = False
+        try:
+            started = await self._until_stopped(lease, self._start(planes, lease, sections))
+            if started:
+                self._report(Ready())
+                await self._until_stopped(lease, self._stopping.wait())
+            if started and not lease.lost.is_set() and self._failure is None:
+                await self._until_lost(lease, self._drain())
+        finally:
+            for service in self._running.values():
+                await service.stop()
+        if lease.lost.is_set():
+            logger.error("the lease is lost (the hub did not hear from this process in time); leaving for a new start")
+            return ExitCode.FENCED
+        return ExitCode.OK if self._failure is None else ExitCode.FAILURE
+
+    async def _until_stopped(self, lease: Lease, work: Any) -> bool:
+        """Await work; give it up when a stop is asked for or the lease is lost. True: it is done."""
+        return await _first(work, self._stopping.wait(), lease.lost.wait())
+
+    async def _until_lost(self, lease: Lease, work: Any) -> bool:
+        return await _first(work, lease.lost.wait())
+
+    async def _start(self, planes: Planes, lease: Lease, sections: dict[str, Section]) -> None:
+        # Consumers come first in the spec; they start last, and stop first.
+        for name in self._spec.services:
+            self._running[name] = self._build(self._graph.services[name], planes, lease, sections[name])
+        for service in self._running.values():
+            await service.context.server.start()
+        for service in reversed(self._running.values()):
+            await service.start()
+        for service in reversed(self._running.values()):
+            await service.announce(InstanceState.READY, os.getpid())
+
+    def _build(self, spec: ServiceSpec, planes: Planes, lease: Lease, section: Section) -> RunningService:
+        instance_id = InstanceId(f"{spec.name}-{uuid4().hex[:12]}")
+        child = self._spec
+        identity = Identity(child.namespace, instance_id, spec.role, child.token)
+        listen = Listen(
+            host=child.host, port_range=child.port_range, advertise=child.advertise, inproc_name=str(instance_id)
+        )
+        context = ServiceContext(
+            service=spec.name,
+            namespace=child.namespace,
+            instance_id=instance_id,
+            host=child.advertise,
+            config=section.config,
+            client=planes.client,
+            server=planes.server(identity, listen),
+            discovery=planes.discovery,
+            lease=lease,
+            directory=planes.directory,
+            network=planes.network,
+            tasks=TaskOwner(spec.name),
+            open_queue=planes.queue,
+            on_fail=self._fail,
+            on_serving=self._report,
+            fields=InfoFields(spec.role),
+        )
+        instance: object = spec.cls()
+        for attribute, (other, linked) in self._graph.resolve(spec).items():
+            client = ServiceClient(
+                other, linked=linked, client=planes.client, instances=planes.directory, colocated=self._colocated(other)
+            )
+            setattr(instance, attribute, client)
+        return RunningService(spec, context, instance, calls.CallTasks(spec.name))
+
+    def _colocated(self, spec: ServiceSpec) -> Callable[[], tuple[InstanceId, tuple[str, ...]] | None]:
+        def find() -> tuple[InstanceId, tuple[str, ...]] | None:
+            running = self._running.get(spec.name)
+            return None if running is None else (running.context.instance_id, running.context.server.addresses)
+
+        return find
+
+    async def _drain(self) -> None:
+        for service in self._running.values():
+            try:
+                await service.announce(InstanceState.DRAINING, os.getpid())
+            except StatorError as error:
+                logger.warning("%s could not say that it drains: %s", service.spec.name, error)
+        for service in self._running.values():
+            await service.drain()
+
+
+async def _first(work: Any, *interrupts: Any) -> bool:
+    """Await work until an interrupt is done first; then cancel it. Raises what work raised. True: work is done."""
+    task = asyncio.ensure_future(work)
+    others = [asyncio.ensure_future(interrupt) for interrupt in interrupts]
+    try:
+        await asyncio.wait([task, *others], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        return False
+    finally:
+        for pending in (task, *others):
+            pending.cancel()
+        await asyncio.gather(task, *others, return_exceptions=True)
+
+
+def describe_failure(error: BaseException) -> str:
+    """One line for the person who started the node."""
+    if isinstance(error, (ConfigError, StatorError)):
+        return str(error)
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(describe_failure(e) for e in cast(tuple[BaseException, ...], error.exceptions))
+    return f"{type(error).__name__}: {error}"
