@@ -1,0 +1,150 @@
+"""The HTTP edge as an ASGI application: routes, small answers, and what becomes of a request that fails.
+
+Raw ASGI: a framework's routing, request objects and per-chunk wrappers would cost more than the token path behind.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import stator
+from stator.errors import ErrorCode, StatorError
+from stator.frontend.decode import CHAT, COMPLETIONS
+from stator.frontend.generate import Generation, Targets
+from stator.frontend.health import HealthReport
+from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
+from stator.frontend.settings import FrontendSettings
+from stator.messages.openai import ModelCard, ModelList
+from stator.observability.metrics import CONTENT_TYPE, Metrics
+from stator.transport.base import TransportClient
+
+logger = logging.getLogger(__name__)
+
+MODEL_PREFIX = "/v1/models/"
+MAX_ECHOED_CHARS = 200
+
+Respond = Callable[[HttpExchange], Awaitable[None]]
+
+
+class FrontendApp:
+    """client, targets: how to call a Processor. models: what `/v1/models` lists, and the models that metrics name.
+
+    health: asked by each `/health`. All three callables must be quick; they run on the event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: TransportClient,
+        targets: Targets,
+        models: Callable[[], Sequence[ModelCard]],
+        health: Callable[[], HealthReport],
+        metrics: Metrics,
+        settings: FrontendSettings | None = None,
+        rng: random.Random | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._models = models
+        self._health = health
+        self._metrics = metrics
+        self._rng = rng if rng is not None else random.Random()
+        self.generation = Generation(
+            client=client,
+            targets=targets,
+            models=models,
+            metrics=metrics,
+            settings=settings if settings is not None else FrontendSettings(),
+            rng=self._rng,
+            wall=wall,
+        )
+        self._routes: dict[str, tuple[str, Respond]] = {
+            "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT)),
+            "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS)),
+            "/v1/models": ("GET", self._list_models),
+            "/health": ("GET", self._report_health),
+            "/live": ("GET", self._report_live),
+            "/metrics": ("GET", self._report_metrics),
+            "/version": ("GET", self._report_version),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"only HTTP is served here, not {scope['type']}")
+        http = HttpExchange(scope, receive, send, self._rng)
+        try:
+            await self._route(http)
+        except StatorError as error:
+            await http.fail(error, _allow(error, self._method_of(http.path)))
+        except Exception:
+            logger.exception("request %s failed in the frontend", http.call_id)
+            await http.fail(internal_error())
+
+    def _method_of(self, path: str) -> str | None:
+        """The method that a path is served under; None for an unknown path."""
+        known = self._routes.get(path)
+        if known is not None:
+            return known[0]
+        return "GET" if path.startswith(MODEL_PREFIX) and path != MODEL_PREFIX else None
+
+    async def _route(self, http: HttpExchange) -> None:
+        method = self._method_of(http.path)
+        if method is None:
+            raise StatorError(ErrorCode.NOT_FOUND, f"There is nothing at {_echo(http.path)}.")
+        if http.method != method and not (http.method == "HEAD" and method == "GET"):
+            raise StatorError(
+                ErrorCode.METHOD_NOT_ALLOWED, f"{_echo(http.path)} takes {method}, not {_echo(http.method)}."
+            )
+        known = self._routes.get(http.path)
+        if known is not None:
+            await known[1](http)
+        else:
+            await self._show_model(http)
+
+    async def _list_models(self, http: HttpExchange) -> None:
+        await http.respond(200, encode_json(ModelList(list(self._models()))))
+
+    async def _show_model(self, http: HttpExchange) -> None:
+        name = http.path.removeprefix(MODEL_PREFIX)
+        cards = self._models()
+        for card in cards:
+            if card.id == name:
+                await http.respond(200, encode_json(card))
+                return
+        served = ", ".join(card.id for card in cards) or "none"
+        raise StatorError(
+            ErrorCode.MODEL_NOT_FOUND,
+            f"The model {_echo(name)} is not served here; served models: {served}.",
+            param="model",
+        )
+
+    async def _report_health(self, http: HttpExchange) -> None:
+        report = self._health()
+        draining = self.generation.draining
+        ready = report.ready and not draining
+        body = {
+            "status": "draining" if draining else "ready" if ready else "unavailable",
+            "reasons": ["this server is shutting down", *report.reasons] if draining else report.reasons,
+            "models": report.models,
+        }
+        await http.respond(200 if ready else 503, encode_json(body))
+
+    async def _report_live(self, http: HttpExchange) -> None:
+        await http.respond(200, b'{"status":"live"}')
+
+    async def _report_metrics(self, http: HttpExchange) -> None:
+        await http.respond(200, self._metrics.render(), CONTENT_TYPE.encode("ascii"))
+
+    async def _report_version(self, http: HttpExchange) -> None:
+        await http.respond(200, encode_json({"version": stator.__version__}))
+
+
+def _allow(error: StatorError, method: str | None) -> list[tuple[bytes, bytes]]:
+    if error.code is not ErrorCode.METHOD_NOT_ALLOWED:
+        return []
+    return [(b"allow", b"GET, HEAD" if method == "GET" else b"POST")]
+
+
+def _echo(text: str) -> str:
+    """A caller's text inside a message: quoted, without control characters, of bounded length."""
+    return repr(text if len(text) <= MAX_ECHOED_CHARS else text[:MAX_ECHOED_CHARS] + "...")

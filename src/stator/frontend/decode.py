@@ -1,0 +1,101 @@
+"""Request bodies to OpenAI structs. Pure: every body, whatever its bytes, is a request or INVALID_REQUEST."""
+
+from typing import Any, NoReturn
+
+import msgspec
+
+from stator.errors import ErrorCode, StatorError
+from stator.messages.openai import ChatCompletionRequest, CompletionRequest
+
+CHAT = "chat"
+COMPLETIONS = "completions"
+
+MAX_DEPTH = 64
+"""Of values whose fields no schema declares, such as tools. They cross a wire that is encoded recursively."""
+
+MAX_DETAIL_CHARS = 300
+
+_DECODE_CHAT = msgspec.json.Decoder(ChatCompletionRequest).decode
+_DECODE_COMPLETION = msgspec.json.Decoder(CompletionRequest).decode
+_FREE_FORM = ("tools", "tool_choice", "response_format", "audio", "functions")
+
+
+def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | CompletionRequest:
+    """endpoint: CHAT or COMPLETIONS. Raises StatorError(INVALID_REQUEST), with the field in `param` if one is at
+    fault and the byte in the message if the JSON is."""
+    try:
+        request = _DECODE_CHAT(body) if endpoint == CHAT else _DECODE_COMPLETION(body)
+    except msgspec.ValidationError as error:
+        _refuse_field(str(error))
+    except msgspec.DecodeError as error:
+        _refuse(_json_fault(str(error), body))
+    except UnicodeDecodeError as error:
+        _refuse(f"The request body is not valid JSON: a string is not UTF-8 ({error.reason}).")
+    except RecursionError:
+        _refuse("The request body is nested too deeply.")
+    _check(request)
+    return request
+
+
+def _refuse(message: str, param: str | None = None) -> NoReturn:
+    raise StatorError(ErrorCode.INVALID_REQUEST, message, param=param) from None
+
+
+def _json_fault(text: str, body: bytes) -> str:
+    if not body.strip():
+        return "The request body is empty; expected a JSON object."
+    if text == "Input data was truncated":
+        text = f"it ends too early (byte {len(body)})"
+    return f"The request body is not valid JSON: {text.removeprefix('JSON is malformed: ')}."
+
+
+def _refuse_field(text: str) -> NoReturn:
+    """text: msgspec's message, "what is wrong" or "what is wrong - at `$.path`"."""
+    detail, _, path = text.rpartition(" - at `$")
+    if not detail:
+        detail, path = path, ""
+    param = path.removesuffix("`").removeprefix(".").replace("[...]", "")
+    missing = detail.removeprefix("Object missing required field `")
+    if missing != detail:
+        param = f"{param}.{missing.removesuffix('`')}" if param else missing.removesuffix("`")
+        _refuse(f"Missing required field: '{param}'.", param)
+    if len(detail) > MAX_DETAIL_CHARS:
+        detail = detail[:MAX_DETAIL_CHARS] + "..."
+    detail = detail[:1].lower() + detail[1:]
+    if not param:
+        _refuse(f"The request body must be a JSON object: {detail}.")
+    _refuse(f"Invalid value for '{param}': {detail}.", param)
+
+
+def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        _refuse("'stream_options' is only allowed together with 'stream': true.", "stream_options")
+    if isinstance(request, CompletionRequest):
+        if isinstance(request.prompt, list) and len({type(part) for part in request.prompt}) > 1:
+            _refuse("Invalid value for 'prompt': a list may not mix texts, token ids and lists of token ids.", "prompt")
+        return
+    for name in _FREE_FORM:
+        value = getattr(request, name)
+        if value is not None:
+            _check_free_form(value, name)
+    for index, message in enumerate(request.messages):
+        if message.tool_calls is not None:
+            _check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+
+
+def _check_free_form(value: Any, param: str) -> None:
+    """Refuse what JSON can say and the wire behind cannot: numbers beyond 64 bits, endless nesting."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            elif isinstance(item, int) and not -(2**63) <= item < 2**63:
+                _refuse(f"Invalid value for '{param}': a number is beyond 64 bits.", param)
+        if not below:
+            return
+        level = below
+    _refuse(f"Invalid value for '{param}': nested more than {MAX_DEPTH} deep.", param)

@@ -1,0 +1,292 @@
+"""Chat and text completions: from the parsed head of a request to its last byte, its metrics and its log line."""
+
+import asyncio
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stator.errors import Ending, ErrorCode, StatorError
+from stator.frontend.decode import decode_request
+from stator.frontend.encoding import DONE, ChunkEncoder, encode_whole
+from stator.frontend.http import ClientGone, HttpExchange, Receive, internal_error
+from stator.frontend.settings import FrontendSettings
+from stator.frontend.stream import DeltaStream
+from stator.ids import RequestId
+from stator.messages.openai import ChatCompletionRequest, CompletionRequest, ModelCard, Usage
+from stator.messages.processor import CompletionDelta
+from stator.observability.metrics import OTHER, Metrics, Tally
+from stator.runtime.context import CallContext, loop_time
+from stator.transport.base import Target, TransportClient
+
+logger = logging.getLogger(__name__)
+access_log = logging.getLogger("stator.frontend.access")
+
+TIMEOUT_HEADER = b"x-request-timeout-s"
+TRACE_HEADERS = ("traceparent", "tracestate")
+MAX_TRACE_HEADER_BYTES = 512
+CLIENT_CLOSED_STATUS = 499
+
+Request = ChatCompletionRequest | CompletionRequest
+Targets = Callable[[str], Sequence[Target]]
+"""The Processors that serve an endpoint ("chat" or "completions") now; the Frontend takes them in turn."""
+
+
+@dataclass(slots=True)
+class _Record:
+    """What metrics and log say about one request when it has ended. started: on the loop's clock."""
+
+    endpoint: str
+    started: float
+    latencies: Tally
+    model: str = OTHER
+    streamed: bool = False
+    num_tokens: int = 0
+    first_token_at: float | None = None
+    usage: Usage | None = None
+    ending: Ending = Ending.CANCELLED
+    status: int = CLIENT_CLOSED_STATUS
+    error: ErrorCode | None = None
+
+    def failed(self, error: StatorError) -> None:
+        self.error = error.code
+        self.ending = error.info.ending
+        self.status = error.info.status
+
+
+class Generation:
+    """Serves both endpoints; owns the open requests.
+
+    After `drain` new requests are refused while open ones go on; `idle` waits for their end, `abort` ends them.
+    wall: Unix seconds, for the `created` of answers.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: TransportClient,
+        targets: Targets,
+        models: Callable[[], Sequence[ModelCard]],
+        metrics: Metrics,
+        settings: FrontendSettings,
+        rng: random.Random,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._client = client
+        self._targets = targets
+        self._models = models
+        self._metrics = metrics
+        self._settings = settings
+        self._wall = wall
+        self._turn = rng.getrandbits(16)
+        self._streams: set[DeltaStream] = set()
+        self._num_open = 0
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+        self._latencies = metrics.tallied("inter_token_latency_seconds")
+        self.draining = False
+
+    @property
+    def num_open(self) -> int:
+        return self._num_open
+
+    def drain(self) -> None:
+        self.draining = True
+
+    async def idle(self) -> None:
+        """Wait until no request is open."""
+        await self._none_open.wait()
+
+    def abort(self) -> None:
+        """End every open stream with DRAINING; their clients are told."""
+        for stream in list(self._streams):
+            stream.fail(StatorError(ErrorCode.DRAINING, "The server stopped before this answer was complete."))
+
+    async def handle(self, http: HttpExchange, endpoint: str) -> None:
+        record = _Record(endpoint, loop_time(), self._latencies.tally())
+        self._enter(endpoint)
+        try:
+            await self._serve(http, endpoint, record)
+        except ClientGone:
+            self._metrics.counter("client_disconnects_total", endpoint).inc()
+        except StatorError as error:
+            record.failed(error)
+            await http.fail(error)
+        except Exception:
+            logger.exception("request %s failed in the frontend", http.call_id)
+            record.failed(error := internal_error())
+            await http.fail(error)
+        finally:
+            self._leave(endpoint)
+            self._account(http, record)
+
+    def _enter(self, endpoint: str) -> None:
+        self._num_open += 1
+        self._none_open.clear()
+        self._metrics.gauge("requests_in_progress", endpoint).inc()
+
+    def _leave(self, endpoint: str) -> None:
+        self._num_open -= 1
+        if not self._num_open:
+            self._none_open.set()
+        self._metrics.gauge("requests_in_progress", endpoint).dec()
+
+    def _admit(self) -> None:
+        if self.draining:
+            raise StatorError(
+                ErrorCode.DRAINING, "This server is shutting down; send the request again.", retry_after_s=1.0
+            )
+        if self._num_open > self._settings.max_open_requests:
+            raise StatorError(
+                ErrorCode.OVERLOADED,
+                f"This server has {self._settings.max_open_requests} open requests, which is its limit; try later.",
+                retry_after_s=1.0,
+            )
+
+    async def _serve(self, http: HttpExchange, endpoint: str, record: _Record) -> None:
+        self._admit()
+        body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
+        request = decode_request(endpoint, body)
+        if any(card.id == request.model for card in self._models()):
+            record.model = request.model
+        record.streamed = bool(request.stream)
+        context = self._context(http, record.started)
+        stream = DeltaStream(self._settings.max_buffered_deltas, record.latencies)
+        stream.attach(
+            self._client.open(self._target(endpoint), request, stream, context=context, item_type=CompletionDelta)
+        )
+        self._streams.add(stream)
+        watcher = asyncio.get_running_loop().create_task(_watch_disconnect(http.receive, stream))
+        try:
+            if request.stream:
+                await self._answer_stream(http, request, stream, record)
+            else:
+                await self._answer_whole(http, request, stream, record)
+        finally:
+            stream.close()
+            self._streams.discard(stream)
+            record.num_tokens = stream.num_tokens
+            record.first_token_at = stream.first_token_at
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    def _target(self, endpoint: str) -> Target:
+        targets = self._targets(endpoint)
+        if not targets:
+            raise StatorError(ErrorCode.NO_INSTANCE, "No Processor is ready to take the request.", retry_after_s=1.0)
+        self._turn += 1
+        return targets[self._turn % len(targets)]
+
+    def _context(self, http: HttpExchange, started: float) -> CallContext:
+        headers: dict[str, str] = {}
+        for name in TRACE_HEADERS:
+            value = http.headers.get(name.encode("ascii"))
+            if value is not None and len(value) <= MAX_TRACE_HEADER_BYTES:
+                headers[name] = value.decode("latin-1")
+        return CallContext(RequestId(http.call_id), started + self._timeout_s(http), headers)
+
+    def _timeout_s(self, http: HttpExchange) -> float:
+        given = http.headers.get(TIMEOUT_HEADER)
+        if given is None:
+            return self._settings.default_deadline_s
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            name = TIMEOUT_HEADER.decode("ascii")
+            raise StatorError(
+                ErrorCode.INVALID_REQUEST, f"The header {name} must be a positive number of seconds.", param=name
+            )
+        return min(seconds, self._settings.max_deadline_s)
+
+    async def _answer_stream(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
+        options = request.stream_options
+        encoder = ChunkEncoder(
+            record.endpoint,
+            http.call_id,
+            request.model,
+            int(self._wall()),
+            include_usage=options is not None and options.include_usage,
+        )
+        deltas = await stream.batch()
+        if not deltas:
+            raise _unfinished()
+        await http.start_events()
+        events = encoder.opening() + encoder.encode(deltas)
+        last = deltas[-1]
+        while True:
+            if events:
+                await http.send_events(events)
+            deltas = await stream.batch()
+            if not deltas:
+                break
+            last = deltas[-1]
+            events = encoder.encode(deltas)
+        _finish(record, last)
+        await http.finish_events(DONE)
+
+    async def _answer_whole(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
+        texts: list[str] = []
+        last = CompletionDelta()
+        while deltas := await stream.batch():
+            texts += [delta.text for delta in deltas]
+            last = deltas[-1]
+        usage = _finish(record, last)
+        body = encode_whole(
+            record.endpoint, http.call_id, request.model, int(self._wall()), texts, record.ending.value, usage
+        )
+        await http.respond(200, body)
+
+    def _account(self, http: HttpExchange, record: _Record) -> None:
+        now = loop_time()
+        metrics, labels = self._metrics, (record.model, record.endpoint)
+        metrics.counter("requests_total", *labels, str(record.status)).inc()
+        metrics.histogram("request_duration_seconds", *labels).observe(now - record.started)
+        if record.error is not None and record.ending is Ending.REJECTED:
+            metrics.counter("rejected_total", record.error.value).inc()
+        if record.first_token_at is not None:
+            metrics.histogram("time_to_first_token_seconds", *labels).observe(record.first_token_at - record.started)
+            self._latencies.add(labels, record.latencies)
+        usage = record.usage
+        if usage is not None:
+            metrics.histogram("request_input_tokens", *labels).observe(usage.prompt_tokens)
+            metrics.histogram("request_output_tokens", *labels).observe(usage.completion_tokens)
+            metrics.histogram("request_cached_tokens", *labels).observe(usage.prompt_tokens_details.cached_tokens)
+        access_log.info(
+            "%s %s %d %s model=%s stream=%d in=%s out=%d cached=%s ttft_ms=%s ms=%.1f",
+            record.endpoint,
+            http.call_id,
+            record.status,
+            record.ending.value if record.error is None else record.error.value,
+            record.model,
+            record.streamed,
+            "-" if usage is None else usage.prompt_tokens,
+            record.num_tokens,
+            "-" if usage is None else usage.prompt_tokens_details.cached_tokens,
+            "-" if record.first_token_at is None else round((record.first_token_at - record.started) * 1e3, 1),
+            (now - record.started) * 1e3,
+        )
+
+
+async def _watch_disconnect(receive: Receive, stream: DeltaStream) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stream.client_gone()
+
+
+def _unfinished() -> StatorError:
+    logger.error("a Processor ended a stream without saying how it ended")
+    return internal_error()
+
+
+def _finish(record: _Record, last: CompletionDelta) -> Usage:
+    """The usage of a stream that ended well. Raises INTERNAL if the Processor did not say how it ended."""
+    if last.ending is None or last.usage is None:
+        raise _unfinished()
+    record.ending = last.ending
+    record.usage = last.usage
+    record.status = 200
+    return last.usage

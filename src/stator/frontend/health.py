@@ -1,0 +1,59 @@
+"""Whether a request could be finished now, told from the instances that discovery shows. Pure."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from stator.messages.instances import InstanceInfo, InstanceState
+from stator.messages.openai import ModelCard
+
+DECODE = "decode"
+PREFILL = "prefill"
+
+
+class ModelHealth(msgspec.Struct, frozen=True):
+    """Ready instances of one model."""
+
+    decode: int = 0
+    prefill: int = 0
+
+
+class HealthReport(msgspec.Struct, frozen=True):
+    """ready: at least one model can finish a request. reasons: why not, for the person who asks."""
+
+    ready: bool
+    reasons: list[str]
+    models: dict[str, ModelHealth]
+
+
+def health_of(instances: Iterable[InstanceInfo], required_roles: Sequence[str] = ()) -> HealthReport:
+    """required_roles: roles of which an instance must be ready besides a decode worker, for instance "router"."""
+    ready = [instance for instance in instances if instance.state is InstanceState.READY]
+    models: dict[str, ModelHealth] = {}
+    for instance in ready:
+        if instance.model is None or instance.role not in (DECODE, PREFILL):
+            continue
+        known = models.get(instance.model, ModelHealth())
+        if instance.role == DECODE:
+            models[instance.model] = ModelHealth(known.decode + 1, known.prefill)
+        else:
+            models[instance.model] = ModelHealth(known.decode, known.prefill + 1)
+    roles = {instance.role for instance in ready}
+    missing = [role for role in required_roles if role not in roles]
+    reasons = [f"no {role} instance is ready" for role in missing]
+    if not models:
+        reasons.append("no worker is ready")
+    reasons += [f"no decode worker of model {model} is ready" for model, has in models.items() if not has.decode]
+    return HealthReport(not missing and any(has.decode for has in models.values()), reasons, models)
+
+
+def models_of(instances: Iterable[InstanceInfo], created: int) -> list[ModelCard]:
+    """One card per served model that has a decode worker, by name. created: Unix seconds, for all of them."""
+    lengths: dict[str, int | None] = {}
+    for instance in instances:
+        if instance.model is not None and instance.role == DECODE:
+            length = instance.engine.max_model_len if instance.engine else None
+            known = lengths.get(instance.model)
+            # Workers of one model may differ; promise what each of them can do.
+            lengths[instance.model] = min((n for n in (length, known) if n is not None), default=None)
+    return [ModelCard(id=model, created=created, max_model_len=lengths[model]) for model in sorted(lengths)]

@@ -1,0 +1,161 @@
+"""One HTTP request and its answer over ASGI: body, ids, headers, OpenAI's error body."""
+
+import asyncio
+import math
+import random
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from stator.errors import Ending, ErrorCode, StatorError
+from stator.messages.openai import ErrorBody, ErrorResponse
+
+Scope = Mapping[str, Any]
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = Iterable[tuple[bytes, bytes]]
+
+JSON = b"application/json"
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+DEFAULT_RETRY_AFTER_S = 1.0
+DISCARD_FACTOR = 4
+"""A body that is too large is read on for so many times the bound, so that its sender gets to read why."""
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_CLOSES = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.REQUEST_TIMEOUT})
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads an answer."""
+
+
+def fresh_id(rng: random.Random) -> str:
+    return f"{rng.getrandbits(96):024x}"
+
+
+def error_json(error: StatorError) -> bytes:
+    body = ErrorBody(message=error.message, type=error.info.openai_type, param=error.param, code=error.code.value)
+    return encode_json(ErrorResponse(body))
+
+
+def retry_after_s(error: StatorError) -> int | None:
+    """Whole seconds, at least one; None when a retry is not known to help."""
+    seconds = error.retry_after_s
+    if seconds is None and error.info.ending is Ending.REJECTED:
+        seconds = DEFAULT_RETRY_AFTER_S
+    return None if seconds is None else max(1, math.ceil(seconds))
+
+
+def internal_error() -> StatorError:
+    return StatorError(ErrorCode.INTERNAL, "The server failed to answer this request; its log says why.")
+
+
+class HttpExchange:
+    """request_id: what the client sent as x-request-id, or ours; every answer carries it.
+
+    call_id: unique in the deployment, because a client may send one x-request-id many times; it begins with it.
+    """
+
+    __slots__ = ("_send", "_started", "_streaming", "call_id", "headers", "method", "path", "receive", "request_id")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, rng: random.Random) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.receive = receive
+        self._send = send
+        self._started = False
+        self._streaming = False
+        given = self.headers.get(b"x-request-id")
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            self.request_id = given.decode("ascii")
+            self.call_id = f"{self.request_id}-{rng.getrandbits(32):08x}"
+        else:
+            self.request_id = self.call_id = fresh_id(rng)
+
+    async def respond(self, status: int, body: bytes, content_type: bytes = JSON, headers: Headers = ()) -> None:
+        await self._start(status, content_type, (b"content-length", str(len(body)).encode("ascii")), *headers)
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def start_events(self) -> None:
+        """Begin a stream of server-sent events. Proxies are told not to collect it."""
+        self._streaming = True
+        await self._start(200, EVENT_STREAM, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+
+    async def send_events(self, events: bytes) -> None:
+        """Waits while the client does not read."""
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def finish_events(self, events: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": events, "more_body": False})
+
+    async def fail(self, error: StatorError, headers: Headers = ()) -> None:
+        """Answer with the error; in a stream that has begun, as its last event."""
+        body = error_json(error)
+        if self._streaming and self._started:
+            await self.finish_events(b"data: " + body + b"\n\n")
+            return
+        extra = list(headers)
+        seconds = retry_after_s(error)
+        if seconds is not None:
+            extra.append((b"retry-after", str(seconds).encode("ascii")))
+        if error.code in _CLOSES:
+            extra.append((b"connection", b"close"))
+        await self.respond(error.info.status, body, headers=extra)
+
+    async def _start(self, status: int, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
+        self._started = True
+        identity = (b"x-request-id", self.request_id.encode("ascii"))
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"content-type", content_type), identity, *headers],
+            }
+        )
+
+    async def read_body(self, max_bytes: int, timeout_s: float) -> bytes:
+        """Raises StatorError(BODY_TOO_LARGE or REQUEST_TIMEOUT), or ClientGone."""
+        too_large = StatorError(
+            ErrorCode.BODY_TOO_LARGE, f"The request body is larger than the limit of {max_bytes} bytes."
+        )
+        if self._declared_bytes() > max_bytes and b"expect" in self.headers:
+            # The client waits for leave to send. Reading would grant it.
+            raise too_large
+        try:
+            async with asyncio.timeout(timeout_s):
+                body = await self._collect(max_bytes)
+        except TimeoutError:
+            raise StatorError(
+                ErrorCode.REQUEST_TIMEOUT, f"The request body did not arrive within {timeout_s:g} seconds."
+            ) from None
+        if body is None:
+            raise too_large
+        return body
+
+    def _declared_bytes(self) -> int:
+        declared = self.headers.get(b"content-length", b"0")
+        return int(declared) if declared.isdigit() else 0
+
+    async def _collect(self, max_bytes: int) -> bytes | None:
+        """The body, or None when it is larger than max_bytes. What was sent decides, not what was declared."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size <= max_bytes:
+                parts.append(part)
+            else:
+                parts.clear()
+            more: bool = message.get("more_body", False)
+            if not more or size > max_bytes * DISCARD_FACTOR:
+                return b"".join(parts) if size <= max_bytes else None

@@ -1,0 +1,139 @@
+"""uvicorn's HTTP/1.1 connection with the bounds that it leaves to a proxy in front."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from stator.errors import ErrorCode, StatorError
+from stator.frontend.http import error_json
+from stator.frontend.settings import ConnectionSettings
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """Adds to uvicorn's connection:
+
+    - a deadline and a size for a request's head; a deadline for a client that reads nothing
+    - an answer that is running is told when its client leaves, also with another request queued behind it
+    - bytes that are no HTTP, behind a request that is being answered, do not break into its answer
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        loop: asyncio.AbstractEventLoop,
+        settings: ConnectionSettings,
+        on_lost: Callable[[], None],
+    ) -> None:
+        super().__init__(config=config, server_state=server_state, app_state={}, _loop=loop)
+        self._settings = settings
+        self._on_lost = on_lost
+        self._running: RequestResponseCycle | None = None
+        self._in_head = True
+        self._num_head_bytes = 0
+        self._refused = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def busy(self) -> bool:
+        """An answer is being made or written."""
+        return self._running is not None and not self._running.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer = _cancel(self._head_timer)
+        self._write_timer = _cancel(self._write_timer)
+        self.pipeline.clear()
+        if self._running is not None and self.busy:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+        self._on_lost()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._in_head:
+            self._num_head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._num_head_bytes > self._settings.max_head_bytes:
+            limit = self._settings.max_head_bytes
+            self._refuse(431, f"The request line and headers are larger than the limit of {limit} bytes.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._num_head_bytes = 0
+        self._arm_head_timer()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_timer = _cancel(self._head_timer)
+        super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An upgrade that is not supported is answered as a plain request."""
+
+    def _arm_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self._settings.head_timeout_s, self._head_late)
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if self._num_head_bytes:
+            self._refuse(408, f"The request's head did not arrive within {self._settings.head_timeout_s:g} seconds.")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Take no more from this connection. What is being answered is answered first."""
+        self._refused = True
+        if self.transport.is_closing():
+            return
+        if self._running is not None and self.busy:
+            self._running.keep_alive = False
+            self.pipeline.clear()
+            return
+        body = error_json(StatorError(ErrorCode.INVALID_REQUEST, message))
+        head = (
+            f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self._settings.write_timeout_s, self._write_late)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._write_timer = _cancel(self._write_timer)
+
+    def _write_late(self) -> None:
+        self._write_timer = None
+        self.transport.abort()
+
+
+_REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

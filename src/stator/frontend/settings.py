@@ -1,0 +1,33 @@
+"""The Frontend's bounds. Each has a default that suits a deployment of up to a few thousand streams per process."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendSettings:
+    """default_deadline_s: for requests that name none; max_deadline_s: the most a request may ask for.
+
+    max_open_requests: chat and completion requests at once, from their head to their end; more are refused.
+    max_buffered_deltas: per stream, while its client reads slowly; then the Processor is asked to pause.
+    """
+
+    max_body_bytes: int = 8 * 1024 * 1024
+    receive_timeout_s: float = 30.0
+    default_deadline_s: float = 3600.0
+    max_deadline_s: float = 24 * 3600.0
+    max_open_requests: int = 4096
+    max_buffered_deltas: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionSettings:
+    """head_timeout_s: for the request line and headers to arrive, and for a fresh connection to say anything.
+
+    write_timeout_s: how long a client may accept no byte before its connection is dropped.
+    """
+
+    keep_alive_s: float = 75.0
+    head_timeout_s: float = 30.0
+    max_head_bytes: int = 64 * 1024
+    write_timeout_s: float = 120.0
+    backlog: int = 2048
