@@ -40,9 +40,8 @@ class StopStringMatcher:
         self.matched: str | None = None
         self._held = ""
         self._root = self._state = _build(stops)
-        self._first = (
-            re.compile("[" + "".join(re.escape(char) for char in self._root.children) + "]") if stops else None
-        )
+        first_chars = "".join(map(re.escape, self._root.children))
+        self._first = re.compile(f"[{first_chars}]") if stops else None
 
     @property
     def held(self) -> str:

@@ -88,3 +88,9 @@ def read_eos_ids(model_dir: Path) -> tuple[int, ...]:
         if value is not None:
             raise ConfigError(f"{path}: eos_token_id: expected an integer or a list of integers, found {value!r}")
     return ()
+
+
+def read_context_tokens(model_dir: Path) -> int | None:
+    """The context the model was made for, in tokens: config.json's max_position_embeddings; None if it does not say."""
+    value = read_json(model_dir / MODEL_CONFIG).get("max_position_embeddings")
+    return value if isinstance(value, int) else None

@@ -129,13 +129,13 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes as printable characters: printable Latin-1 stands for itself, the rest for U+0100 on."""
+    """GPT-2's spelling of bytes as printable characters: printable Latin-1 stands for itself, others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
-_BYTE_OF_CHAR = _byte_level_alphabet()
+BYTE_OF_CHAR = _byte_level_alphabet()
 
 
 def _byte_level_bytes(token: str | None) -> bytes:
@@ -143,7 +143,7 @@ def _byte_level_bytes(token: str | None) -> bytes:
     if token is None:
         return b""
     try:
-        return bytes([_BYTE_OF_CHAR[char] for char in token])
+        return bytes([BYTE_OF_CHAR[char] for char in token])
     except KeyError:
         return token.encode()
 
@@ -177,7 +177,8 @@ def _sentencepiece_factory(
         replacements.append((step["pattern"]["String"], step["content"]))
     if [step["type"] for step in rest[:2]] != ["ByteFallback", "Fuse"] or len(rest) > 3:
         return None
-    strip = rest[2] if len(rest) == 3 else {"type": "Strip", "content": " ", "start": 0, "stop": 0}
+    no_strip: dict[str, Any] = {"type": "Strip", "content": " ", "start": 0, "stop": 0}
+    strip = rest[2] if len(rest) == 3 else no_strip
     if strip["type"] != "Strip" or strip["stop"]:
         return None
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from stator.core.detokenize import ByteDetokenizer, PieceDetokenizer, WindowDetokenizer
-from stator.processor.tokenizer import ModelTokenizer
+from stator.processor.tokenizer import BYTE_OF_CHAR, ModelTokenizer
 
 from . import tokenizers_for_tests as fixtures
 
@@ -71,13 +71,9 @@ def test_an_incomplete_character_is_never_shown(kind: str, text: str) -> None:
 
 def byte_token(kind: str, value: int) -> int:
     if kind == "byte-level":
-        from stator.processor.tokenizer import _BYTE_OF_CHAR
-
-        spelled = next(char for char, byte in _BYTE_OF_CHAR.items() if byte == value)
-        token_id = next(
-            (i for t, i in fixtures.byte_level().get_vocab(False).items() if t == spelled),
-            None,
-        )
+        spelled = next(char for char, byte in BYTE_OF_CHAR.items() if byte == value)
+        # Not token_to_id: an added token may be spelled like a byte.
+        token_id = fixtures.byte_level().get_vocab(with_added_tokens=False)[spelled]
     else:
         token_id = fixtures.sentencepiece(True).token_to_id(f"<0x{value:02X}>")
     assert token_id is not None

@@ -1,5 +1,6 @@
 """Small tokenizers of every kind in use, trained here on a few lines of text."""
 
+import json
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -58,8 +59,6 @@ def sentencepiece(strip: bool) -> Tokenizer:
 
 def _without_special_bytes(tokenizer: Tokenizer) -> Tokenizer:
     """Byte tokens were put in as special tokens to get into the vocabulary; real models have them as plain entries."""
-    import json
-
     config = json.loads(tokenizer.to_str())
     config["added_tokens"] = [entry for entry in config["added_tokens"] if not entry["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(config))

@@ -1,0 +1,227 @@
+"""From an OpenAI request to sampling parameters: ranges, and what Stator does not do yet, refused by name.
+
+Types are checked when the body is decoded (messages.openai); here are the checks that need values, the model's
+vocabulary or its context. Every refusal names the field in `param`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stator.errors import ConfigError, ErrorCode, StatorError
+from stator.messages.engine import SamplingParams
+from stator.messages.openai import (
+    UNSUPPORTED_UNLESS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    RequestFields,
+    unsupported_field,
+)
+from stator.processor import model_files
+
+Request = ChatCompletionRequest | CompletionRequest
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 256
+DEFAULT_COMPLETION_TOKENS = 16
+_INT32 = (-(2**31), 2**31 - 1)
+_INT64 = (-(2**63), 2**63 - 1)
+
+
+def _invalid(param: str, message: str) -> StatorError:
+    return StatorError(ErrorCode.INVALID_REQUEST, message, param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What an absent field means: the model's generation_config.json where it says, else OpenAI's value."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def load(cls, model_dir: Path) -> "SamplingDefaults":
+        """Raises ConfigError for a value that no request could ask for either."""
+        path = model_dir / model_files.GENERATION_CONFIG
+        config = model_files.read_json(path)
+        found: dict[str, Any] = {}
+        for name, (accepts, expected) in _RANGES.items():
+            value = config.get(name)
+            if name not in cls.__dataclass_fields__ or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not accepts(value):
+                raise ConfigError(f"{path}: {name}: expected a number {expected}, found {value!r}")
+            found[name] = max(int(value), 0) if name == "top_k" else float(value)
+        return cls(**found)
+
+
+def _between(low: float, high: float) -> tuple[Callable[[float], bool], str]:
+    return lambda value: low <= value <= high, f"between {low:g} and {high:g}"
+
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": _between(0, 2),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "top_k": (lambda value: value == -1 or 0 <= value <= _INT32[1], "at least 0, or -1 for off"),
+    "min_p": _between(0, 1),
+    "presence_penalty": _between(-2, 2),
+    "frequency_penalty": _between(-2, 2),
+    "repetition_penalty": (lambda value: 0 < value < float("inf"), "above 0"),
+    "seed": (lambda value: _INT64[0] <= value <= _INT64[1], "a signed 64-bit integer"),
+    "priority": (lambda value: _INT32[0] <= value <= _INT32[1], "a signed 32-bit integer"),
+    "min_tokens": (lambda value: 0 <= value <= _INT32[1], "at least 0"),
+    "max_tokens": (lambda value: 1 <= value <= _INT32[1], "at least 1"),
+    "max_completion_tokens": (lambda value: 1 <= value <= _INT32[1], "at least 1"),
+}
+
+
+def check_model(request: RequestFields, models: tuple[str, ...]) -> None:
+    if request.model not in models:
+        raise StatorError(
+            ErrorCode.MODEL_NOT_FOUND,
+            f"The model {request.model!r} does not exist. Models served here: {', '.join(models)}.",
+            param="model",
+        )
+
+
+def check_supported(request: Request) -> None:
+    """Refuses the first field that asks for something unsupported, and `stream_options` without a stream."""
+    for name in ("n", "best_of"):
+        value = getattr(request, name, None)
+        if value is not None and value < 1:
+            raise _invalid(name, f"{name} must be at least 1, not {value}")
+    name = unsupported_field(request)
+    if name is not None:
+        raise StatorError(ErrorCode.UNSUPPORTED, f"{name} is not supported yet: {_advice(name)}.", param=name)
+    if request.stream_options is not None and not request.stream:
+        raise _invalid("stream_options", "stream_options is only allowed when stream is true")
+
+
+def _advice(name: str) -> str:
+    values = [value for value in UNSUPPORTED_UNLESS.get(name, ()) if value not in ("", [], {})]
+    spelled = " or ".join(msgspec.json.encode(value).decode() for value in values)
+    return f"leave it out or set it to {spelled}" if values else "leave it out"
+
+
+def check_ranges(request: Request) -> None:
+    for name, (accepts, expected) in _RANGES.items():
+        value = getattr(request, name, None)
+        if value is not None and not accepts(value):
+            raise _invalid(name, f"{name} must be {expected}, not {value}")
+    if request.cache_salt == "":
+        raise _invalid("cache_salt", "cache_salt must not be empty; leave it out to share the prefix cache")
+
+
+def stop_strings(request: Request) -> tuple[str, ...]:
+    stop = request.stop
+    if stop is None:
+        return ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOP_STRINGS:
+        raise _invalid("stop", f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stops)}")
+    for item in stops:
+        if not 1 <= len(item) <= MAX_STOP_CHARS:
+            raise _invalid("stop", f"each stop string must have 1 to {MAX_STOP_CHARS} characters; one has {len(item)}")
+    return stops
+
+
+def stop_token_ids(request: Request, num_ids: int) -> tuple[int, ...]:
+    ids = tuple(request.stop_token_ids or ())
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise _invalid("stop_token_ids", f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids, not {len(ids)}")
+    _check_in_vocabulary(ids, num_ids, "stop_token_ids")
+    return ids
+
+
+def single_prompt(request: CompletionRequest, num_ids: int) -> str | list[int]:
+    """The one prompt, text or token ids. Several in one request are refused."""
+    prompt: Any = request.prompt
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        if len(prompt) > 1:
+            raise StatorError(
+                ErrorCode.UNSUPPORTED,
+                f"prompt: {len(prompt)} prompts in one request are not supported yet: send one request for each.",
+                param="prompt",
+            )
+        prompt = prompt[0]
+    if not prompt:
+        raise _invalid("prompt", "prompt must not be empty")
+    if isinstance(prompt, list):
+        if not all(isinstance(token_id, int) for token_id in prompt):
+            raise _invalid("prompt", "prompt must be a text or a list of token ids, not a mixture")
+        _check_in_vocabulary(prompt, num_ids, "prompt")
+    return prompt
+
+
+def _check_in_vocabulary(ids: list[int] | tuple[int, ...], num_ids: int, param: str) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < num_ids):
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < num_ids)
+        raise _invalid(param, f"{param}: token id {wrong} is not in the vocabulary (0 to {num_ids - 1})")
+
+
+def resolve_max_tokens(request: Request, num_prompt_tokens: int, max_model_len: int) -> int:
+    """Output tokens to generate at most; prompt and output together fit the context, or the request is refused."""
+    chat = isinstance(request, ChatCompletionRequest)
+    asked, param = request.max_tokens, "max_tokens"
+    if chat and request.max_completion_tokens is not None:
+        asked, param = request.max_completion_tokens, "max_completion_tokens"
+    prompt_param = "messages" if chat else "prompt"
+    if num_prompt_tokens == 0:
+        raise _invalid(prompt_param, f"{prompt_param} must not be empty")
+    left = max_model_len - num_prompt_tokens
+    context = f"This model's context is {max_model_len} tokens; the prompt has {num_prompt_tokens} tokens"
+    if asked is not None and asked > left:
+        raise _invalid(
+            param if left >= 1 else prompt_param,
+            f"{context} and {param} asks for {asked}, {asked - left} too many together. "
+            + (f"Ask for at most {left}, or shorten the prompt." if left >= 1 else "Shorten the prompt."),
+        )
+    if left < 1:
+        raise _invalid(prompt_param, f"{context}, which leaves no room for an answer. Shorten the prompt.")
+    if asked is not None:
+        return asked
+    return left if chat else min(left, DEFAULT_COMPLETION_TOKENS)
+
+
+def sampling_params(
+    request: Request,
+    *,
+    defaults: SamplingDefaults,
+    max_tokens: int,
+    stop_ids: tuple[int, ...],
+    draw_seed: Callable[[], int],
+) -> SamplingParams:
+    """Of a request that passed `check_ranges`.
+
+    A sampled request without a seed gets one here: only then can another engine continue it as the first would have.
+    """
+    min_tokens = request.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise _invalid("min_tokens", f"min_tokens is {min_tokens}, more than max_tokens, which is {max_tokens}")
+    temperature = defaults.temperature if request.temperature is None else request.temperature
+    seed = request.seed
+    if seed is None and temperature > 0:
+        seed = draw_seed()
+    top_k = defaults.top_k if request.top_k is None else max(request.top_k, 0)
+    repetition = defaults.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_p=defaults.top_p if request.top_p is None else request.top_p,
+        top_k=top_k,
+        min_p=defaults.min_p if request.min_p is None else request.min_p,
+        seed=seed,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=repetition,
+        stop_token_ids=stop_ids,
+        ignore_eos=request.ignore_eos,
+    )
