@@ -32,7 +32,7 @@ from stator.core.blocks import BlockManager, BlockTable
 from stator.core.sequence_limits import resumed_finish, stop_reason, validate
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import EngineLoad, EngineRequest, FinishReason
-from stator.messages.tokens import BYTES_PER_TOKEN, TokenBuffer, num_tokens, unpack
+from stator.messages.tokens import BYTES_PER_TOKEN, TokenBuffer, unpack
 
 RESERVE_DIVISOR = 100
 """While others run, a newcomer must leave 1/100 of the blocks (at least one) free for their growth."""
@@ -392,8 +392,3 @@ class _Totals:
     generated: int = 0
     preemptions: int = 0
     steps: int = 0
-
-
-def num_request_tokens(request: EngineRequest) -> int:
-    """Tokens to prefill: prompt and resumed output."""
-    return num_tokens(request.prompt_ids) + num_tokens(request.resume_ids)

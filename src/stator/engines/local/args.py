@@ -44,7 +44,7 @@ WITHOUT_MEANING_HERE = frozenset(
 
 
 class LocalEngineArgs(msgspec.Struct, frozen=True, kw_only=True):
-    """model: directory with config.json and safetensors. served_model_name: what clients ask for; default `model`.
+    """model: a Hugging Face directory, or `stator:NAME`. served_model_name: what clients ask for; default `model`.
 
     block_size: tokens per KV block. max_num_seqs: sequences computed at once. max_num_batched_tokens: tokens per step.
     max_model_len: prompt and output tokens; None for the model's, or what the KV blocks hold if that is less.

@@ -8,8 +8,8 @@ no more, whatever the reason. Blocks are read and written on the engine's worker
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stator.engines.base import EngineHost
@@ -24,8 +24,8 @@ from stator.engines.local.transfer import (
 from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.runtime.context import CallContext, loop_time
-from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Call, Endpoint, Lane, StreamHandle, Target
+from stator.transport.calls import CallTasks
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,11 @@ ImportBlocks = Callable[[list[tuple[int, bytes]]], Awaitable[None]]
 
 @dataclass(slots=True)
 class _Hold:
-    """num_readers: fetches under way; its blocks are freed only when none is."""
+    """num_readers: fetches under way; its blocks are freed only when there is none."""
 
     expiry: asyncio.TimerHandle
     num_readers: int = 0
     released: bool = False
-    tasks: set[asyncio.Task[Any]] = field(default_factory=set[asyncio.Task[Any]])
 
 
 class BlockServer:
@@ -73,10 +72,10 @@ class BlockServer:
         self._export = export
         self._hold_s = hold_s
         self._holds: dict[TransferId, _Hold] = {}
-        self._tasks = TaskOwner("kv server")
+        self._calls = CallTasks("kv server")
 
     def register(self, host: EngineHost) -> None:
-        host.register(Endpoint(FETCH_ENDPOINT, FetchRequest, self._handle_fetch))
+        host.register(self._calls.endpoint(FETCH_ENDPOINT, FetchRequest, self._serve))
         host.register(Endpoint(RELEASE_ENDPOINT, ReleaseRequest, self._handle_release))
 
     def hold(self, transfer_id: TransferId) -> None:
@@ -84,21 +83,19 @@ class BlockServer:
         self._holds[transfer_id] = _Hold(self._expire_later(transfer_id))
 
     def release(self, transfer_id: TransferId) -> None:
-        """Idempotent. Ends fetches under way."""
+        """Idempotent. Fetches under way fail; the blocks are freed when the last of them has ended."""
         hold = self._holds.pop(transfer_id, None)
         if hold is None:
             return
         hold.expiry.cancel()
         hold.released = True
-        for task in hold.tasks:
-            task.cancel()
         if not hold.num_readers:
             self._free(transfer_id)
 
     async def close(self) -> None:
         for transfer_id in list(self._holds):
             self.release(transfer_id)
-        await self._tasks.close()
+        await self._calls.close()
 
     def _expire_later(self, transfer_id: TransferId) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._hold_s, self._expire, transfer_id)
@@ -116,66 +113,31 @@ class BlockServer:
         self.release(call.request.transfer_id)
         call.end(None)
 
-    def _handle_fetch(self, call: Call) -> None:
-        request: FetchRequest = call.request
+    async def _serve(self, request: FetchRequest, context: CallContext) -> AsyncIterator[BlockPiece]:
         hold = self._holds.get(request.transfer_id)
         block_ids = self._blocks_of(request.transfer_id)
         if hold is None or block_ids is None:
-            message = f"no KV blocks are held as {request.transfer_id}: released, expired, or never made"
-            call.end(StatorError(ErrorCode.TRANSFER_FAILED, message))
-            return
-        stop = request.first_block + request.num_blocks
-        if request.first_block < 0 or request.num_blocks < 0 or stop > len(block_ids):
-            message = f"blocks up to {stop} of {request.transfer_id} were asked for, it has {len(block_ids)}"
-            call.end(StatorError(ErrorCode.TRANSFER_FAILED, message))
-            return
-        try:
-            task = self._tasks.spawn(self._serve(call, request, list(block_ids[request.first_block : stop])), "serve")
-        except RuntimeError:
-            call.end(StatorError(ErrorCode.ENGINE_DEAD, "the engine has stopped"))
-            return
+            raise _failed(f"no KV blocks are held as {request.transfer_id}: released, expired, or never made")
+        first, stop = request.first_block, request.first_block + request.num_blocks
+        if not 0 <= first <= stop <= len(block_ids):
+            raise _failed(f"blocks {first} to {stop} of {request.transfer_id} were asked for; it has {len(block_ids)}")
         hold.num_readers += 1
-        hold.tasks.add(task)
-        task.add_done_callback(lambda task: self._served(call, hold, task))
-        call.on_cancel(lambda: _cancel(task))
-
-    def _served(self, call: Call, hold: _Hold, task: asyncio.Task[Any]) -> None:
-        transfer_id: TransferId = call.request.transfer_id
-        # Ended here and not in the task, since a task that is cancelled before its first step never runs.
-        if task.cancelled() and not call.cancelled:
-            message = f"the hold of {transfer_id} ended while its blocks were fetched"
-            call.end(StatorError(ErrorCode.TRANSFER_FAILED, message))
-        hold.tasks.discard(task)
-        hold.num_readers -= 1
-        if hold.released and not hold.num_readers:
-            self._free(transfer_id)
-
-    async def _serve(self, call: Call, request: FetchRequest, block_ids: list[int]) -> None:
         try:
-            await self._send(call, request.first_block, block_ids)
-        except StatorError as error:
-            if not call.cancelled:
-                call.end(error)
-        except Exception:
-            logger.exception("reading KV blocks of %s failed", request.transfer_id)
-            call.end(StatorError(ErrorCode.TRANSFER_FAILED, "the KV blocks could not be read"))
-        else:
-            call.end(None)
-
-    async def _send(self, call: Call, first_block: int, block_ids: list[int]) -> None:
-        num_sent = 0
-        while num_sent < len(block_ids):
-            contents = await self._export(block_ids[num_sent:], EXPORT_BATCH_BYTES)
-            for content in contents:
-                for offset in range(0, len(content), PIECE_BYTES):
-                    await call.writable()
-                    data = content[offset : offset + PIECE_BYTES]
-                    call.items([BlockPiece(first_block + num_sent, offset, len(content), data)])
-                num_sent += 1
+            while first < stop:
+                for content in await self._export(block_ids[first:stop], EXPORT_BATCH_BYTES):
+                    for offset in range(0, len(content), PIECE_BYTES):
+                        if hold.released:
+                            raise _failed(f"{request.transfer_id} was released while its blocks were fetched")
+                        yield BlockPiece(first, offset, len(content), content[offset : offset + PIECE_BYTES])
+                    first += 1
+        finally:
+            hold.num_readers -= 1
+            if hold.released and not hold.num_readers:
+                self._free(request.transfer_id)
 
 
-def _cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
+def _failed(message: str) -> StatorError:
+    return StatorError(ErrorCode.TRANSFER_FAILED, message)
 
 
 class _FetchSink:
@@ -265,9 +227,9 @@ class BlockFetcher:
                 try:
                     await self._import(complete)
                 except ValueError as error:
-                    raise StatorError(ErrorCode.TRANSFER_FAILED, f"the peer's KV blocks do not fit: {error}") from error
+                    raise _failed(f"the peer's KV blocks do not fit: {error}") from error
         if assembly.missing:
-            raise StatorError(ErrorCode.TRANSFER_FAILED, f"{len(assembly.missing)} KV blocks did not come")
+            raise _failed(f"{len(assembly.missing)} KV blocks did not come")
 
 
 class _Assembly:
@@ -283,7 +245,7 @@ class _Assembly:
         for piece in pieces:
             content = self._partial.setdefault(piece.block_index, bytearray())
             if piece.block_index not in self.missing or piece.offset != len(content):
-                raise StatorError(ErrorCode.TRANSFER_FAILED, "KV block pieces came out of order or were not asked for")
+                raise _failed("KV block pieces came out of order or were not asked for")
             content += piece.data
             if len(content) >= piece.num_bytes:
                 del self._partial[piece.block_index]
