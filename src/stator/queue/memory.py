@@ -46,7 +46,7 @@ class MemoryQueue:
     async def put(
         self, job_id: JobId, payload: bytes, *, deadline_s: float | None = None, preferred: InstanceId | None = None
     ) -> None:
-        self._run(core.Put(job_id, payload, deadline_s, preferred))
+        self.apply(core.Put(job_id, payload, deadline_s, preferred))
 
     async def pull(self, consumer: InstanceId, lease_id: LeaseId, *, max_jobs: int, wait_s: float) -> list[Delivery]:
         answer: asyncio.Future[list[Delivery]] = asyncio.get_running_loop().create_future()
@@ -92,19 +92,27 @@ class MemoryQueue:
 
     def abandon_pull(self, pull_id: int) -> bool:
         """Nobody will see this pull's answer: what it was given goes back at once. False if there is nothing to do."""
-        return not self._closed and self._run(core.AbandonPull(pull_id))
+        return not self._closed and self.apply(core.AbandonPull(pull_id))
+
+    def apply(self, event: core.Put | core.AbandonPull | core.Extend | core.Ack | core.Nack | core.Cancel) -> bool:
+        """The event's answer, as its docstring says. Raises StatorError if it is refused."""
+        answer = self._handle(event)
+        if isinstance(answer, core.Refused):
+            raise StatorError(answer.code, f"queue {self.name!r}: {answer.message}")
+        assert isinstance(answer, core.Answer)
+        return answer.value
 
     async def extend(self, job_id: JobId, attempt: int) -> bool:
-        return self._run(core.Extend(job_id, attempt))
+        return self.apply(core.Extend(job_id, attempt))
 
     async def ack(self, job_id: JobId, attempt: int) -> bool:
-        return self._run(core.Ack(job_id, attempt))
+        return self.apply(core.Ack(job_id, attempt))
 
     async def nack(self, job_id: JobId, attempt: int) -> bool:
-        return self._run(core.Nack(job_id, attempt))
+        return self.apply(core.Nack(job_id, attempt))
 
     async def cancel(self, job_id: JobId) -> bool:
-        return self._run(core.Cancel(job_id))
+        return self.apply(core.Cancel(job_id))
 
     async def size(self) -> QueueSize:
         if self._closed:
@@ -152,13 +160,6 @@ class MemoryQueue:
 
     def _lease_ended(self, lease_id: LeaseId) -> None:
         self._handle(core.EndLease(lease_id))
-
-    def _run(self, event: core.Event) -> bool:
-        answer = self._handle(event)
-        if isinstance(answer, core.Refused):
-            raise StatorError(answer.code, f"queue {self.name!r}: {answer.message}")
-        assert isinstance(answer, core.Answer)
-        return answer.value
 
     def _handle(self, event: core.Event) -> core.Answer | core.Refused | None:
         if self._closed:

@@ -1,0 +1,180 @@
+"""What travels between the hub and its clients.
+
+Every request names the deployment's namespace: namespaces share nothing. Requests and answers are described by the
+events of the same names in `core.key_store` and `core.job_queue`.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from stator.core.key_store import KeyValue, WatchBatch
+from stator.ids import InstanceId, JobId, LeaseId
+
+GRANT_LEASE = "hub.lease.grant"
+RENEW_LEASE = "hub.lease.renew"
+REVOKE_LEASE = "hub.lease.revoke"
+PUT_KEY = "hub.key.put"
+DELETE_KEY = "hub.key.delete"
+GET_KEYS = "hub.key.get"
+WATCH_KEYS = "hub.key.watch"
+PUT_JOB = "hub.queue.put"
+PULL_JOBS = "hub.queue.pull"
+ABANDON_PULLS = "hub.queue.abandon"
+SETTLE_JOB = "hub.queue.settle"
+CANCEL_JOB = "hub.queue.cancel"
+QUEUE_SIZE = "hub.queue.size"
+WATCH_SIZE = "hub.queue.watch_size"
+DEAD_LETTERS = "hub.queue.dead_letters"
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A truth value, a revision or a lease id."""
+
+    value: int
+
+
+class GrantLease(msgspec.Struct, frozen=True):
+    """Answered with the lease id."""
+
+    namespace: str
+    ttl_s: float
+
+
+class LeaseRequest(msgspec.Struct, frozen=True):
+    """Renew or revoke. Answered 0 if the lease is unknown or over."""
+
+    namespace: str
+    lease_id: LeaseId
+
+
+class PutKey(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Answered with the revision; with only_if_absent, 0 if the key is there."""
+
+    namespace: str
+    key: str
+    value: bytes
+    lease_id: LeaseId | None = None
+    only_if_absent: bool = False
+
+
+class DeleteKey(msgspec.Struct, frozen=True):
+    namespace: str
+    key: str
+
+
+class GetKeys(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The one key, or all under it as a prefix. Items are KeyValue, sorted by key."""
+
+    namespace: str
+    key: str
+    prefix: bool = False
+
+
+class WatchKeys(msgspec.Struct, frozen=True):
+    """Items are WatchPart, without end."""
+
+    namespace: str
+    prefix: str
+
+
+class WatchPart(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of one batch, small enough for a frame. more: the batch goes on in the next part."""
+
+    batch: WatchBatch
+    more: bool = False
+
+
+class PutJob(msgspec.Struct, frozen=True, omit_defaults=True):
+    namespace: str
+    queue: str
+    job_id: JobId
+    payload: bytes
+    deadline_s: float | None = None
+    preferred: InstanceId | None = None
+
+
+class PullJobs(msgspec.Struct, frozen=True):
+    """Items are Delivery. pull_id: drawn by the consumer, so that it can abandon a pull whose answer it never saw."""
+
+    namespace: str
+    queue: str
+    pull_id: int
+    consumer: InstanceId
+    lease_id: LeaseId
+    max_jobs: int
+    wait_s: float
+
+
+class AbandonPulls(msgspec.Struct, frozen=True):
+    namespace: str
+    queue: str
+    pull_ids: list[int]
+
+
+class Settlement(StrEnum):
+    EXTEND = "extend"
+    ACK = "ack"
+    NACK = "nack"
+
+
+class SettleJob(msgspec.Struct, frozen=True):
+    namespace: str
+    queue: str
+    settlement: Settlement
+    job_id: JobId
+    attempt: int
+
+
+class CancelJob(msgspec.Struct, frozen=True):
+    namespace: str
+    queue: str
+    job_id: JobId
+
+
+class QueueRequest(msgspec.Struct, frozen=True):
+    """Read the size (one QueueSize), watch it (the first at once), or read the dead letters (items are DeadLetter)."""
+
+    namespace: str
+    queue: str
+
+
+def split_batch(batch: WatchBatch, max_part_bytes: int) -> list[WatchPart]:
+    """The batch in parts of about max_part_bytes each, one entry at least; joined again by BatchJoiner."""
+    parts: list[WatchPart] = []
+    puts: list[KeyValue] = []
+    deletes: list[str] = []
+    num_bytes = 0
+    for entry in [*batch.deletes, *batch.puts]:
+        size = len(entry) if isinstance(entry, str) else len(entry.key) + len(entry.value)
+        if num_bytes and num_bytes + size > max_part_bytes:
+            parts.append(WatchPart(WatchBatch(puts=puts, deletes=deletes, reset=batch.reset), more=True))
+            puts, deletes, num_bytes = [], [], 0
+        num_bytes += size
+        if isinstance(entry, str):
+            deletes.append(entry)
+        else:
+            puts.append(entry)
+    parts.append(WatchPart(WatchBatch(puts=puts, deletes=deletes, reset=batch.reset)))
+    return parts
+
+
+class BatchJoiner:
+    """Parts in, whole batches out."""
+
+    def __init__(self) -> None:
+        self._parts: list[WatchBatch] = []
+
+    def add(self, part: WatchPart) -> WatchBatch | None:
+        """The batch that this part completes."""
+        self._parts.append(part.batch)
+        if part.more:
+            return None
+        parts, self._parts = self._parts, []
+        if len(parts) == 1:
+            return parts[0]
+        return WatchBatch(
+            puts=[entry for piece in parts for entry in piece.puts],
+            deletes=[key for piece in parts for key in piece.deletes],
+            reset=parts[0].reset,
+        )
