@@ -56,7 +56,10 @@ class Preamble(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag_field="kind", tag="hello"):
-    """role: what the caller is, for logs ("processor", "prefill", ...). lane: see transport.base.Lane."""
+    """role: what the caller is, for logs ("processor", "prefill", ...). lane: see transport.base.Lane.
+
+    max_frame_bytes: the longest item that the caller takes; 0 when it does not say.
+    """
 
     protocol: str
     major: int
@@ -66,15 +69,19 @@ class Hello(msgspec.Struct, frozen=True, tag_field="kind", tag="hello"):
     instance_id: str
     lane: str
     nonce: bytes
+    max_frame_bytes: int = 0
 
 
 class Challenge(msgspec.Struct, frozen=True, tag_field="kind", tag="challenge"):
+    """max_frame_bytes: the longest request that the server takes; 0 when it does not say."""
+
     major: int
     minor: int
     role: str
     namespace: str
     instance_id: str
     nonce: bytes
+    max_frame_bytes: int = 0
 
 
 class Proof(msgspec.Struct, frozen=True, tag_field="kind", tag="proof"):
@@ -91,7 +98,7 @@ class Refused(msgspec.Struct, frozen=True, tag_field="kind", tag="refused"):
 
 HandshakeFrame = Hello | Challenge | Proof | Welcome | Refused
 
-StreamId = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+StreamId = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
 
 

@@ -1,5 +1,6 @@
 """The request plane's client: picks the carrier by the address, shares connections, never raises from `open`."""
 
+import asyncio
 from typing import Any
 
 from stator.errors import ErrorCode, StatorError
@@ -7,7 +8,9 @@ from stator.runtime.context import CallContext, loop_time
 from stator.transport.addresses import Address, InProcessAddress, parse_address
 from stator.transport.base import Sink, StreamHandle, Target
 from stator.transport.client_stream import ClientStream
-from stator.transport.inprocess import InProcessNetwork
+from stator.transport.connection import TransportStats
+from stator.transport.inprocess import InProcessCarrier, InProcessNetwork
+from stator.transport.pool import ConnectionPool, SocketAddress
 from stator.transport.refusals import stale_instance, wrong_namespace
 from stator.transport.server_call import deadline_passed
 from stator.transport.settings import Identity, TransportSettings
@@ -34,6 +37,7 @@ class RequestPlaneClient:
         self._settings = settings or TransportSettings()
         self._parsed: dict[str, Address] = {}
         self._inprocess: set[ClientStream] = set()
+        self._pool = ConnectionPool(identity, self._settings)
         self._closed = False
 
     def open(
@@ -56,28 +60,45 @@ class RequestPlaneClient:
         self._closed = True
         for stream in list(self._inprocess):
             stream.cancel()
+        await self._pool.close()
+        # The last ends are on their way to their sinks.
+        await asyncio.sleep(0)
+
+    @property
+    def stats(self) -> TransportStats:
+        """Of the socket connections."""
+        return self._pool.stats
 
     def _route(self, stream: ClientStream, target: Target, request: Any) -> None:
         """Raises StatorError for a target that cannot be reached."""
+        addresses = [self._parse(text) for text in target.addresses]
+        sockets: list[SocketAddress] = []
         refusal: StatorError | None = None
-        for address in [self._parse(text) for text in target.addresses]:
+        for address in addresses:
             if not isinstance(address, InProcessAddress):
+                sockets.append(address)
                 continue
             server = None if self._network is None else self._network.find(address.name)
             if server is None:
                 continue
-            theirs = server.identity
-            if theirs.namespace != self._identity.namespace:
-                refusal = wrong_namespace(theirs.namespace, self._identity.namespace)
-            elif target.instance_id is not None and server.instance_id != target.instance_id:
-                refusal = stale_instance(target.instance_id, server.instance_id)
-            else:
-                server.open(stream, target, request)
+            refusal = self._refusal(server, target)
+            if refusal is None:
+                server.open(stream, target, request, self._inprocess)
                 return
-        raise refusal or StatorError(
-            ErrorCode.INSTANCE_LOST,
-            f"nothing is reached for {target.endpoint} at {', '.join(target.addresses) or 'no address'}",
-        )
+        if not sockets:
+            raise refusal or StatorError(
+                ErrorCode.INSTANCE_LOST,
+                f"nothing is reached for {target.endpoint} at {', '.join(target.addresses) or 'no address'}",
+            )
+        self._pool.open(stream, target, sockets, request)
+
+    def _refusal(self, server: InProcessCarrier, target: Target) -> StatorError | None:
+        ours, theirs = self._identity.namespace, server.identity.namespace
+        if ours != theirs:
+            return wrong_namespace(theirs, ours)
+        if target.instance_id is not None and target.instance_id != server.instance_id:
+            return stale_instance(target.instance_id, server.instance_id)
+        return None
 
     def _parse(self, text: str) -> Address:
         address = self._parsed.get(text)

@@ -27,7 +27,7 @@ class StreamLink(Protocol):
 
     def send_credit(self, stream: "ClientStream", num_items: int) -> None: ...
 
-    def forget(self, stream: "ClientStream", /) -> None:
+    def release(self, stream: "ClientStream") -> None:
         """The sink has had its end, or is about to have it; deliver nothing more."""
         ...
 
@@ -118,8 +118,8 @@ class ClientStream:
             self._end(error)
 
     def lose(self, error: StatorError) -> None:
-        """The stream cannot go on; nobody is there to be told."""
-        if not self._closed:
+        """The stream cannot go on; nobody is there to be told. One that only waits to be read to its end is whole."""
+        if not self._closed and self._held_end is None:
             self._close()
             self._end(error)
 
@@ -164,7 +164,7 @@ class ClientStream:
             self._timer.cancel()
             self._timer = None
         if self._link is not None:
-            self._link.forget(self)
+            self._link.release(self)
             self._link = None
 
     def _end(self, error: StatorError | None) -> None:
