@@ -1,0 +1,7 @@
+"""The Frontend: OpenAI's API over HTTP."""
+
+from stator.frontend.app import FrontendApp
+from stator.frontend.health import health_of, models_of
+from stator.frontend.server import FrontendServer
+
+__all__ = ["FrontendApp", "FrontendServer", "health_of", "models_of"]
