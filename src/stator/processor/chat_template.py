@@ -123,7 +123,7 @@ class ChatTemplate:
             text = self._render(list(messages))
         except Exception:
             return False
-        return _PROBE in text and "'type'" not in text and '"type"' not in text
+        return _PROBE in text and "'type': 'text'" not in text and '"type": "text"' not in text
 
     def _prepare(self, message: ChatMessage, where: str) -> _Message:
         self._check(message, where)
