@@ -1,0 +1,56 @@
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+pytest.register_assert_rewrite("stator.testing.contracts.queue")
+
+from stator.core.job_queue import QueueLimits  # noqa: E402
+from stator.testing.clock import run_virtual  # noqa: E402
+from stator.testing.contracts.queue import QueueContract, QueueLossContract  # noqa: E402
+from stator.testing.hub_world import HubWorld, LosableWorld, MemoryWorld, World, WorldLimits  # noqa: E402
+
+SHORT = WorldLimits(
+    lease_ttl_s=0.6,
+    timeout_s=1.0,
+    queue=QueueLimits(ack_wait_s=1.0, steal_after_s=0.3, max_waiting=8, max_dead_letters=4),
+)
+
+
+async def in_memory(scenario: Callable[[World], Awaitable[None]]) -> None:
+    world = MemoryWorld()
+    try:
+        await scenario(world)
+    finally:
+        await world.close()
+
+
+async def on_hub(scenario: Callable[[LosableWorld], Awaitable[None]], world: HubWorld) -> None:
+    await world.start()
+    try:
+        await scenario(world)
+    finally:
+        await world.close()
+    left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    assert left == []
+
+
+class TestMemory(QueueContract):
+    def run(self, scenario: Callable[[World], Awaitable[None]]) -> None:
+        run_virtual(in_memory(scenario))
+
+
+class TestHubInProcess(QueueContract, QueueLossContract):
+    def run(self, scenario: Callable[[World], Awaitable[None]]) -> None:
+        run_virtual(on_hub(scenario, HubWorld()))
+
+    def run_losable(self, scenario: Callable[[LosableWorld], Awaitable[None]]) -> None:
+        run_virtual(on_hub(scenario, HubWorld()))
+
+
+class TestHubOverTcp(QueueContract, QueueLossContract):
+    def run(self, scenario: Callable[[World], Awaitable[None]]) -> None:
+        asyncio.run(on_hub(scenario, HubWorld(SHORT, tcp=True)))
+
+    def run_losable(self, scenario: Callable[[LosableWorld], Awaitable[None]]) -> None:
+        asyncio.run(on_hub(scenario, HubWorld(SHORT, tcp=True)))
