@@ -1,11 +1,15 @@
-"""The OpenAI-compatible HTTP address."""
+"""The OpenAI-compatible HTTP address, with the health and the figures of the whole deployment."""
 
+import time
 from random import Random
 
 from components.processor import Processor
 from stator import frontend
 from stator.graph import ServiceContext, depends, on_drain, on_start, on_stop, service
+from stator.observability.metrics import Metrics
 from stator.observability.monitor import WorkerMonitor
+
+DRAIN_GRACE_S = 60.0
 
 
 @service(role="frontend")
@@ -13,4 +17,36 @@ class Frontend:
     processor = depends(Processor)
 
     @on_start
-    async def start(self, context: ServiceContext) -> None: ...
+    async def start(self, context: ServiceContext) -> None:
+        started, instances = int(time.time()), context.directory.instances
+        metrics = Metrics()
+        app = frontend.FrontendApp(
+            client=context.client,
+            targets=self.processor.targets,
+            models=lambda: frontend.models_of(instances(), started),
+            health=lambda: frontend.health_of(instances()),
+            metrics=metrics,
+        )
+        self.server = frontend.FrontendServer(app, host=context.config.host, port=context.config.port)
+        await self.server.start()
+        self.monitor = WorkerMonitor(
+            client=context.client, directory=context.directory, sink=metrics.workers, rng=Random()
+        )
+        context.tasks.spawn(self.report_when_ready(context), "report when ready")
+
+    async def report_when_ready(self, context: ServiceContext) -> None:
+        """Tells the user once a request can be finished."""
+        directory = context.directory
+        await directory.wait_for(lambda d: frontend.health_of(d.instances()).ready, None)
+        model = next(i.model for i in directory.instances(role="decode") if i.model)
+        host = context.host if context.config.host in ("0.0.0.0", "::") else context.config.host
+        context.report_serving(f"http://{host}:{self.server.port}", model)
+
+    @on_drain
+    async def drain(self) -> None:
+        await self.server.drain(DRAIN_GRACE_S)
+
+    @on_stop
+    async def stop(self) -> None:
+        self.monitor.close()
+        await self.server.stop()

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from stator import engines, worker
+from stator import worker
 from stator.graph import ServiceContext, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.transport import Call
@@ -12,7 +12,7 @@ from stator.transport import Call
 class PrefillWorker:
     @on_start
     async def start(self, context: ServiceContext) -> None:
-        self.engine = engines.create_engine(context.config)
+        self.engine = worker.make_engine(context.config)
         host = worker.WorkerHost(
             instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
         )

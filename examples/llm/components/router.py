@@ -17,7 +17,7 @@ class Router:
     async def start(self, context: ServiceContext) -> None:
         self.routes = router.Router(
             directory=context.directory,
-            mode=context.config.mode,
+            mode=router.router_mode(context.config.mode),
             min_workers=context.config.min_workers,
             rng=Random(),
         )

@@ -1,7 +1,7 @@
 """Decodes: takes requests from the Processor and streams tokens. Has long prompts prefilled elsewhere if configured."""
 
 from components.prefill_worker import PrefillWorker
-from stator import engines, worker
+from stator import worker
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.engine import EngineRequest, PrefillDone, PrefillDoneReply, TokenDelta
 from stator.messages.reports import ReportRequest, WorkerReport
@@ -14,7 +14,7 @@ class VllmWorker:
 
     @on_start
     async def start(self, context: ServiceContext) -> None:
-        self.engine = engines.create_engine(context.config)
+        self.engine = worker.make_engine(context.config)
         host = worker.WorkerHost(
             instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
         )

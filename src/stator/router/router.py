@@ -16,6 +16,14 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 2.0
 
 
+def router_mode(name: str) -> RouterMode:
+    """`kv` is accepted and balances load, until routing by KV cache is there; that is said once."""
+    if name != "kv":
+        return RouterMode(name)
+    logger.info("router mode kv is not available yet; using least-loaded")
+    return RouterMode.LEAST_LOADED
+
+
 class Router:
     """min_workers: decode instances that must have been there once before anything is routed, so that the first
     worker up does not take a whole start-up's load."""

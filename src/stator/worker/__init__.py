@@ -1,8 +1,9 @@
 """Thin shells around engines: the decode worker and the prefill worker."""
 
 from stator.worker.decode import PREFILL_QUEUE, DecodeWorker, disagg_policy
+from stator.worker.engine import make_engine
 from stator.worker.host import WorkerHost
 from stator.worker.prefill import PrefillWorker
 from stator.worker.reporting import Reporter
 
-__all__ = ["PREFILL_QUEUE", "DecodeWorker", "PrefillWorker", "Reporter", "WorkerHost", "disagg_policy"]
+__all__ = ["PREFILL_QUEUE", "DecodeWorker", "PrefillWorker", "Reporter", "WorkerHost", "disagg_policy", "make_engine"]

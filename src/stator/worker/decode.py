@@ -17,7 +17,7 @@ from stator.core.disagg import DisaggPolicy, choose_prefill
 from stator.core.remote_prefill import CancelJob, RemotePrefill, Reply, StartFetched, StartLocal
 from stator.engines.base import Engine
 from stator.errors import ErrorCode, StatorError
-from stator.ids import InstanceId, JobId
+from stator.ids import InstanceId, JobId, RequestId
 from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, PrefillDoneReply, PrefillJob
 from stator.messages.instances import InstanceInfo
 from stator.messages.reports import WorkerReport
@@ -95,6 +95,7 @@ class DecodeWorker:
         self._tasks = TaskOwner(f"decode worker {host.instance_id}")
         self._pending: dict[JobId, _Pending] = {}
         self._num_open = 0
+        self._num_accepted = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -124,6 +125,9 @@ class DecodeWorker:
             return
         self._num_open += 1
         self._idle.clear()
+        # Callers choose request ids, and may send one again while its last attempt is still being aborted here.
+        self._num_accepted += 1
+        request = msgspec.structs.replace(request, request_id=RequestId(f"{request.request_id}/{self._num_accepted}"))
         num_prompt_tokens = num_tokens(request.prompt_ids) + num_tokens(request.resume_ids)
         choice = choose_prefill(
             self._policy,

@@ -19,8 +19,9 @@ MIN_INTERVAL_S = 0.1
 class Reporter:
     """Serves the `report` endpoint and owns the log line; both run on loop timers, between `start` and `close`."""
 
-    def __init__(self, read: Callable[[], WorkerReport]) -> None:
+    def __init__(self, read: Callable[[], WorkerReport], *, min_interval_s: float = MIN_INTERVAL_S) -> None:
         self._read = read
+        self._min_interval_s = min_interval_s
         self._subscribers: dict[Call, asyncio.TimerHandle] = {}
         self._log_timer: asyncio.TimerHandle | None = None
         self._last: tuple[float, EngineLoad] | None = None
@@ -31,7 +32,7 @@ class Reporter:
 
     def report(self, call: Call) -> None:
         request: ReportRequest = call.request
-        interval_s = max(MIN_INTERVAL_S, request.interval_s)
+        interval_s = max(self._min_interval_s, request.interval_s)
         call.on_cancel(lambda: self._unsubscribe(call))
         if not call.cancelled:
             self._push(call, interval_s)

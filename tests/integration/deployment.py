@@ -1,0 +1,223 @@
+"""Decode and prefill workers in one process: the product's own engines, queue, discovery and request plane on
+loopback TCP. Only the model step is replaced (testing.fake_runner), so that a wrong block changes the text."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from stator.core.disagg import DisaggPolicy
+from stator.discovery.base import Lease
+from stator.discovery.memory import MemoryDiscovery, MemoryKeyStore
+from stator.engines.local.args import LocalEngineArgs
+from stator.engines.local.engine import LocalEngine
+from stator.errors import StatorError
+from stator.ids import InstanceId, RequestId
+from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, SamplingParams, TokenDelta
+from stator.messages.instances import InstanceInfo
+from stator.messages.reports import ReportRequest, WorkerReport
+from stator.messages.tokens import pack
+from stator.queue.memory import MemoryQueue
+from stator.runtime.context import CallContext
+from stator.runtime.directory import InstanceDirectory, register_instance
+from stator.testing.fake_runner import FakeRunner
+from stator.transport import (
+    Endpoint,
+    Identity,
+    Listen,
+    RequestPlaneClient,
+    RequestPlaneServer,
+    StreamHandle,
+    Target,
+    stream,
+)
+from stator.worker import DecodeWorker, PrefillWorker, Reporter, WorkerHost
+
+TOKEN = "a-token-for-tests-only-0123456789"
+ALWAYS = DisaggPolicy(remote_prefill=True, conditional_disagg=False)
+
+
+@dataclass
+class Node:
+    """One worker process's worth of objects."""
+
+    instance_id: InstanceId
+    runner: FakeRunner
+    engine: LocalEngine
+    info: EngineInfo
+    client: RequestPlaneClient
+    server: RequestPlaneServer
+    lease: Lease
+    worker: DecodeWorker | PrefillWorker
+
+    async def die(self) -> None:
+        """As kill -9 does it: sockets close, nobody says goodbye; discovery learns from the lease."""
+        self.lease.stop_renewal()  # type: ignore[attr-defined]
+        await self.server.close()
+        await self.client.close()
+        if isinstance(self.worker, PrefillWorker):
+            await self.worker._tasks.close()
+
+    async def close(self) -> None:
+        await self.worker.close()
+        await self.engine.stop()
+        await self.server.close()
+        await self.client.close()
+        await self.lease.revoke()
+
+
+class Result:
+    """A sink that collects one request."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.deltas: list[TokenDelta] = []
+        self.error: StatorError | None = None
+        self.first = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.handle: StreamHandle | None = None
+
+    def items(self, items: Sequence[Any], /) -> None:
+        assert not self.ended.is_set()
+        self.deltas.extend(items)
+        self.token_ids.extend(token for delta in items for token in delta.token_ids)
+        self.first.set()
+
+    def end(self, error: StatorError | None = None, /) -> None:
+        assert not self.ended.is_set()
+        self.error = error
+        self.ended.set()
+
+    async def wait(self) -> "Result":
+        async with asyncio.timeout(20):
+            await self.ended.wait()
+        return self
+
+
+@dataclass
+class Deployment:
+    lease_ttl_s: float
+    args: dict[str, Any]
+    store: MemoryKeyStore = field(default_factory=MemoryKeyStore)
+    nodes: list[Node] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.discovery = MemoryDiscovery(self.store)
+        self.queue = MemoryQueue(self.store)
+        self.directory = InstanceDirectory(self.discovery)
+        self.client = RequestPlaneClient(Identity(token=TOKEN))
+
+    async def add(
+        self,
+        name: str,
+        role: str,
+        make: Callable[[LocalEngine, EngineInfo, WorkerHost, Lease], DecodeWorker | PrefillWorker],
+        **args: Any,
+    ) -> Node:
+        identity = Identity(instance_id=InstanceId(name), role=role, token=TOKEN)
+        client, server = RequestPlaneClient(identity), RequestPlaneServer(identity, Listen())
+        await server.start()
+        values = {"model": "m", "block_size": 4, "max_num_batched_tokens": 64, "max_num_seqs": 16, **self.args, **args}
+        runner = FakeRunner(block_size=values["block_size"], num_blocks=values.pop("num_blocks", 256))
+        engine = LocalEngine(LocalEngineArgs(**values), runner_factory=lambda _: runner, rng=Random(1))
+        dead: list[str] = []
+        host = WorkerHost(instance_id=identity.instance_id, client=client, server=server, on_dead=dead.append)
+        info = await engine.start(host)
+        lease = await self.discovery.grant_lease(self.lease_ttl_s)
+        worker = make(engine, info, host, lease)
+        if isinstance(worker, DecodeWorker):
+            server.register(Endpoint("generate", EngineRequest, worker.generate))
+            server.register(Endpoint("prefill_done", PrefillDone, worker.prefill_done))
+        await worker.start()
+        reporter = Reporter(worker.report, min_interval_s=0.01)
+        server.register(Endpoint("report", ReportRequest, reporter.report))
+        instance = InstanceInfo(
+            identity.instance_id, role, role, server.addresses, ("generate",), "h", 1, model="m", engine=info
+        )
+        await register_instance(self.discovery, lease, instance)
+        node = Node(identity.instance_id, runner, engine, info, client, server, lease, worker)
+        self.nodes.append(node)
+        return node
+
+    async def add_decode(self, policy: DisaggPolicy = ALWAYS, timeout_s: float = 10.0, **args: Any) -> Node:
+        return await self.add(
+            f"decode-{len(self.nodes)}",
+            "decode",
+            lambda engine, info, host, _: DecodeWorker(
+                engine=engine,
+                info=info,
+                host=host,
+                policy=policy,
+                queue=self.queue,
+                directory=self.directory,
+                remote_prefill_timeout_s=timeout_s,
+            ),
+            **args,
+        )
+
+    async def add_prefill(self, **args: Any) -> Node:
+        node = await self.add(
+            f"prefill-{len(self.nodes)}",
+            "prefill",
+            lambda engine, info, host, lease: PrefillWorker(
+                engine=engine, info=info, host=host, queue=self.queue, lease_id=lease.lease_id, rng=Random(1)
+            ),
+            **args,
+        )
+        await self.directory.wait_for(lambda d: d.get(node.instance_id) is not None, 5)
+        return node
+
+    def generate(self, node: Node, prompt: Sequence[int], max_tokens: int = 8, **sampling: Any) -> Result:
+        result = Result()
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **sampling)
+        request_id = RequestId(f"r{id(result)}")
+        request = EngineRequest(request_id=request_id, prompt_ids=pack(prompt), sampling=params)
+        target = Target(node.server.addresses, "generate", node.instance_id)
+        result.handle = self.client.open(target, request, result, context=CallContext(request_id), item_type=TokenDelta)
+        return result
+
+    async def text(self, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
+        """What an engine of its own makes of it."""
+        node = await self.add_decode(DisaggPolicy())
+        result = await self.generate(node, prompt, max_tokens).wait()
+        assert result.error is None
+        return result.token_ids
+
+    async def reported(self, node: Node, predicate: Callable[[WorkerReport], bool], timeout_s: float = 5.0) -> None:
+        """Follow the node's reports until one satisfies the predicate."""
+        target = Target(node.server.addresses, "report", node.instance_id)
+        context = CallContext(RequestId("report"))
+        reports = stream(self.client, target, ReportRequest(0.02), context=context, item_type=WorkerReport)
+        async with asyncio.timeout(timeout_s), aclosing(reports):
+            async for items in reports:
+                if predicate(items[-1]):
+                    return
+
+    async def blocks_settle(self, node: Node) -> None:
+        """Every block is free of requests and holds soon."""
+        await self.reported(node, lambda report: report.load.num_blocks_used == 0)
+
+
+@asynccontextmanager
+async def deployed(lease_ttl_s: float = 10.0, **args: Any) -> AsyncIterator[Deployment]:
+    deployment = Deployment(lease_ttl_s, args)
+    await deployment.directory.start()
+    try:
+        yield deployment
+    finally:
+        for node in deployment.nodes:
+            await node.close()
+        await deployment.client.close()
+        await deployment.directory.close()
+        await deployment.queue.close()
+        await deployment.discovery.close()
+
+
+def run(scene: Callable[[], Any], timeout_s: float = 30) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(timeout_s):
+            await scene()
+
+    asyncio.run(bounded())

@@ -1,0 +1,258 @@
+"""Prefill on one instance, decode on another: every way it can go."""
+
+import asyncio
+import logging
+import threading
+
+import pytest
+from deployment import ALWAYS, Deployment, deployed, run
+
+from stator.core.disagg import DisaggPolicy
+from stator.ids import InstanceId, JobId, RequestId
+from stator.messages.engine import PrefillDone, PrefillDoneReply, PrefillResult
+from stator.runtime.context import CallContext
+from stator.transport import Target, call
+
+LONG = list(range(10, 60))
+CONDITIONAL = DisaggPolicy(
+    remote_prefill=True, conditional_disagg=True, max_local_prefill_length=16, max_prefill_queue_size=2
+)
+
+
+def test_a_remote_prefill_gives_the_text_of_a_local_one_and_leaves_no_block() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode, prefill = await d.add_decode(), await d.add_prefill()
+            for length in (1, 3, 4, 5, 8, 50, 130):
+                prompt = [length, *range(20, 19 + length)]
+                result = await d.generate(decode, prompt).wait()
+                assert result.error is None
+                assert result.token_ids == await d.text(prompt), length
+            load = decode.engine.load()
+            assert load.prompt_tokens_transferred_total > 130
+            assert prefill.engine.load().generation_tokens_total == 0
+            assert decode.worker.report().prefills == {"local": 0, "remote": 7, "fallback": 0}
+            assert prefill.worker.report().prefills == {"done": 7, "failed": 0, "unwanted": 0}
+            await d.blocks_settle(prefill)
+            await d.blocks_settle(decode)
+            assert (await d.queue.size()).in_flight == 0
+
+    run(scene)
+
+
+def test_conditions_decide_what_is_prefilled_where() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode = await d.add_decode(CONDITIONAL)
+            await d.generate(decode, LONG).wait()
+            assert decode.worker.report().prefills["local"] == 1, "no prefill instance lives yet"
+            await d.add_prefill()
+            await d.generate(decode, LONG[:16]).wait()
+            assert decode.worker.report().prefills["local"] == 2, "short"
+            other = [99, *LONG]
+            await d.generate(decode, other).wait()
+            assert decode.worker.report().prefills["remote"] == 1, "long"
+            await d.generate(decode, [*other, 5, 6, 7]).wait()
+            assert decode.worker.report().prefills == {"local": 3, "remote": 1, "fallback": 0}, "cached up to the end"
+
+    run(scene)
+
+
+def test_two_prefill_workers_share_a_burst() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode = await d.add_decode()
+            workers = [await d.add_prefill(), await d.add_prefill()]
+            prompts = [[n, *LONG] for n in range(1, 25)]
+            expected = [await d.text(p) for p in prompts[:3]]
+            results = [d.generate(decode, p) for p in prompts]
+            for result in results:
+                assert (await result.wait()).error is None
+            assert [r.token_ids for r in results[:3]] == expected
+            shares = [w.worker.report().prefills["done"] for w in workers]
+            assert sum(shares) == 24
+            assert min(shares) >= 4, shares
+
+    run(scene)
+
+
+def stall(d: Deployment, runner: object) -> threading.Event:
+    """Hold a runner in its next step until the event is set."""
+    go = threading.Event()
+    runner.before_step = lambda: go.wait(20)  # type: ignore[attr-defined]
+    return go
+
+
+async def in_flight(d: Deployment, count: int) -> None:
+    async for size in d.queue.watch_size():
+        if size.in_flight >= count:
+            return
+
+
+def test_jobs_of_a_dead_prefill_worker_go_to_another_one() -> None:
+    async def scene() -> None:
+        async with deployed(lease_ttl_s=0.4) as d:
+            decode, doomed = await d.add_decode(), await d.add_prefill()
+            go = stall(d, doomed.runner)
+            results = [d.generate(decode, [n, *LONG]) for n in range(1, 7)]
+            await in_flight(d, 1)
+            survivor = await d.add_prefill()
+            await doomed.die()
+            for n, result in enumerate(results, start=1):
+                assert (await result.wait()).error is None
+                assert result.token_ids == await d.text([n, *LONG])
+            go.set()
+            done = survivor.worker.report().prefills["done"]
+            assert done + decode.worker.report().prefills["fallback"] == 6
+            assert done >= 1
+            await d.blocks_settle(survivor)
+
+    run(scene)
+
+
+def test_without_any_prefill_worker_left_waiting_requests_are_prefilled_here() -> None:
+    async def scene() -> None:
+        async with deployed(lease_ttl_s=0.4) as d:
+            decode, doomed = await d.add_decode(timeout_s=60), await d.add_prefill()
+            go = stall(d, doomed.runner)
+            result = d.generate(decode, LONG)
+            await in_flight(d, 1)
+            await doomed.die()
+            assert (await result.wait()).error is None
+            go.set()
+            assert result.token_ids == await d.text(LONG)
+            assert decode.worker.report().prefills["fallback"] == 1
+            assert (await d.queue.size()).waiting == 0
+
+    run(scene)
+
+
+def test_a_late_prefill_is_replaced_and_its_blocks_are_released() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode, prefill = await d.add_decode(timeout_s=0.2), await d.add_prefill()
+            go = stall(d, prefill.runner)
+            result = await d.generate(decode, LONG).wait()
+            assert result.error is None
+            assert decode.worker.report().prefills["fallback"] == 1
+            go.set()
+            await d.blocks_settle(prefill)
+            assert result.token_ids == await d.text(LONG)
+
+    run(scene)
+
+
+def test_the_death_of_a_prefill_worker_between_its_phases_costs_a_recomputation() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode, prefill = await d.add_decode(), await d.add_prefill()
+            go = stall(d, decode.runner)
+            blocker = d.generate(decode, [7])
+            result = d.generate(decode, LONG)
+            await d.reported(prefill, lambda report: report.prefills["done"] == 2)
+            await prefill.server.close()
+            go.set()
+            assert (await result.wait()).error is None
+            await blocker.wait()
+            assert result.token_ids == await d.text(LONG)
+            await d.blocks_settle(decode)
+
+    run(scene)
+
+
+@pytest.mark.parametrize("phase", ["queued", "prefilling", "decoding"])
+def test_a_cancelled_request_frees_everything_in_every_phase(phase: str) -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode, prefill = await d.add_decode(), await d.add_prefill(max_num_seqs=1)
+            go = stall(d, decode.runner if phase == "decoding" else prefill.runner)
+            ahead = d.generate(decode, [3, *LONG]) if phase == "queued" else None
+            if ahead:
+                await in_flight(d, 1)
+            result = d.generate(decode, LONG, max_tokens=200)
+            if phase == "queued":
+                async for size in d.queue.watch_size():
+                    if size.waiting == 1:
+                        break
+            else:
+                await in_flight(d, 1)
+            assert result.handle is not None
+            result.handle.cancel()
+            await result.wait()
+            if phase == "queued":
+                async for size in d.queue.watch_size():
+                    if size.waiting == 0:
+                        break
+            go.set()
+            if ahead:
+                assert (await ahead.wait()).error is None
+            await d.blocks_settle(decode)
+            await d.blocks_settle(prefill)
+
+    run(scene)
+
+
+def test_engines_that_do_not_pair_are_never_used_together(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode = await d.add_decode()
+            await d.add_prefill(block_size=8)
+            with caplog.at_level(logging.WARNING):
+                result = await d.generate(decode, LONG).wait()
+            assert result.token_ids == await d.text(LONG)
+            assert decode.worker.report().prefills["local"] == 1
+
+    with caplog.at_level(logging.WARNING):
+        run(scene)
+    assert "block_size is 4 here and 8 there" in caplog.text
+
+
+def test_the_loss_of_the_queue_means_local_prefill() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode, _ = await d.add_decode(), await d.add_prefill()
+            await d.queue.close()
+            result = await d.generate(decode, LONG).wait()
+            assert result.error is None
+            assert result.token_ids == await d.text(LONG)
+            assert decode.worker.report().prefills["fallback"] == 1
+
+    run(scene)
+
+
+def test_a_completion_nobody_waits_for_is_refused() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode = await d.add_decode()
+            done = PrefillDone(
+                JobId("unknown"), 1, InstanceId("p"), result=PrefillResult({"transfer_id": "t"}, num_prompt_tokens=4)
+            )
+            reply = await call(
+                d.client,
+                Target(decode.server.addresses, "prefill_done", decode.instance_id),
+                done,
+                context=CallContext(RequestId("x")),
+                item_type=PrefillDoneReply,
+            )
+            assert reply == PrefillDoneReply(accepted=False)
+
+    run(scene)
+
+
+def test_a_draining_decode_worker_refuses_new_requests_and_finishes_the_old() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            decode = await d.add_decode(ALWAYS)
+            go = stall(d, decode.runner)
+            running = d.generate(decode, LONG)
+            await d.reported(decode, lambda report: report.load.num_running == 1)
+            drained = asyncio.ensure_future(decode.worker.drain())
+            refused = await d.generate(decode, LONG).wait()
+            assert refused.error is not None
+            assert refused.error.code == "draining"
+            assert not drained.done()
+            go.set()
+            assert (await running.wait()).error is None
+            await drained
+
+    run(scene)
