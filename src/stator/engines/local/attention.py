@@ -99,7 +99,9 @@ def _single_groups(singles: list[tuple[int, int, Int]], block_size: int, heads_p
         members = singles[first : first + max(1, _GROUP_BLOCKS // num_blocks)]
         first += len(members)
         # a padded table repeats the sequence's own first block: nobody else's values may be multiplied, even by 0
-        tables = np.array([np.pad(t, (0, num_blocks - len(t)), constant_values=t[0]) for _, _, t in members])
+        tables = np.repeat(np.array([[table[0]] for _, _, table in members]), num_blocks, axis=1)
+        for padded, (_, _, table) in zip(tables, members, strict=True):
+            padded[: len(table)] = table
         positions = np.array([[position] for _, position, _ in members])
         rows = np.array([[row] for row, _, _ in members])
         groups.append(Group(rows, tables, _mask(positions, num_blocks, block_size, heads_per_kv)))

@@ -92,9 +92,13 @@ def token_probabilities(row: F32, params: SamplingParams) -> F64:
         weights[weights < np.partition(weights, -params.top_k)[-params.top_k]] = 0.0
     weights /= weights.sum()
     if params.top_p < 1.0:
-        order = np.argsort(-weights, kind="stable")
+        # all tokens below this share are together less than what may be cut, so only the others need sorting
+        candidates = np.flatnonzero(weights >= (1.0 - params.top_p) / len(weights))
+        order = candidates[np.argsort(-weights[candidates], kind="stable")]
         before = np.cumsum(weights[order]) - weights[order]
         before[0] = -1.0  # the likeliest token always stays
-        weights[order[before >= params.top_p]] = 0.0
-        weights /= weights.sum()
+        nucleus = order[before < params.top_p]
+        kept = np.zeros_like(weights)
+        kept[nucleus] = weights[nucleus]
+        weights = kept / kept.sum()
     return weights

@@ -25,8 +25,14 @@ _PANEL_FLOPS = 1_000_000
 """rows * inner * columns up to which OpenBLAS multiplies without copying the matrix into packed form first. Copying
 costs more than the product itself when there are only 8 rows."""
 
+_PANEL_WIDTHS = (64, 32, 16)
+"""A narrow panel lies in memory in the order in which it is read, which the CPU's prefetching needs once the weights
+are larger than its cache."""
+
+_WIDE_PANEL = 512
+"""For matrices with so many rows that no narrow panel stays under the limit."""
+
 _COLUMN_MULTIPLE = 16
-_MAX_COLUMNS = 1024
 
 _THREAD_SETTERS = (
     "scipy_openblas_set_num_threads64_",
@@ -60,9 +66,8 @@ def use_one_blas_thread() -> bool:
 
 def panel_width(tile: int, inner: int, columns: int) -> int:
     """Columns per panel, so that a tile times a panel stays under the limit where BLAS copies the matrix."""
-    widest = _PANEL_FLOPS // (tile * inner) // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE
-    if widest == 0:
-        widest = _MAX_COLUMNS
+    fitting = [width for width in _PANEL_WIDTHS if tile * inner * width <= _PANEL_FLOPS]
+    widest = fitting[0] if fitting else _WIDE_PANEL
     num_panels = -(-columns // widest)
     per_panel = -(-columns // num_panels)
     return -(-per_panel // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
