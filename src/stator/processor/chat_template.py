@@ -15,18 +15,20 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import jinja2.utils
 
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.messages.openai import ChatMessage, TextPart
 
 _Message = dict[str, Any]
 
-PARTS_SEPARATOR = "\n"
-"""Between text parts for a template that takes strings only; vLLM joins them in the same way."""
+PARTS_SEPARATOR = " "
+"""Between text parts for a template that takes strings only, as `transformers serve` joins them."""
 
 
 class TemplateRefusal(jinja2.TemplateError):
@@ -40,6 +42,35 @@ class _GenerationBlock(jinja2.ext.Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """jinja2's, without names that begin with an underscore: storing one is a known step out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # the signature lets a template store a name called self
+        attributes: dict[Any, Any] = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _refuse_private(name)
+        jinja2.utils.Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+class _DictMaker:
+    """`dict(...)` for templates, without handing them the type itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _refuse_private(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a chat template must not store {name!r} in a namespace")
 
 
 def _raise_exception(message: object) -> None:
@@ -61,7 +92,12 @@ def _environment(now: Callable[[], datetime]) -> jinja2.sandbox.ImmutableSandbox
     def strftime_now(format: str) -> str:
         return now().strftime(format)
 
-    helpers: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": strftime_now}
+    helpers: dict[str, Any] = {
+        "raise_exception": _raise_exception,
+        "strftime_now": strftime_now,
+        "namespace": _Namespace,
+        "dict": _DictMaker(),
+    }
     environment.globals.update(helpers)
     return environment
 

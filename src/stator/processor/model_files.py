@@ -90,16 +90,12 @@ def read_eos_ids(model_dir: Path) -> tuple[int, ...]:
     return ()
 
 
-def read_context_tokens(model_dir: Path) -> int | None:
-    """The context the model was made for, in tokens: config.json's max_position_embeddings; None if it does not say."""
-    value = read_json(model_dir / MODEL_CONFIG).get("max_position_embeddings")
-    return value if isinstance(value, int) else None
-
-
 def context_length(model_dir: Path) -> int:
     """The most tokens, prompt and output together, that the model was made for. Raises ConfigError if unsaid."""
     path = model_dir / MODEL_CONFIG
     value = read_json(path).get("max_position_embeddings")
     if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{path}: max_position_embeddings: expected a number of tokens, found {value!r}")
+        raise ConfigError(
+            f"{path}: max_position_embeddings: expected a number of tokens, found {value!r}; set max-model-len"
+        )
     return value

@@ -65,12 +65,12 @@ def test_a_template_that_fails_says_nothing_internal() -> None:
 
 def test_parts_are_joined_for_a_template_of_strings() -> None:
     made = template(LLAMA2, bos_token="<s>", eos_token="</s>")
-    assert made.render([user([TextPart("a"), TextPart("b")])]) == "<s>[INST] a\nb [/INST]"
+    assert made.render([user([TextPart("a"), TextPart("b")])]) == "<s>[INST] a b [/INST]"
 
 
 def test_parts_are_joined_for_a_template_that_would_print_the_list() -> None:
     made = template("{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert made.render([user([TextPart("a"), TextPart("b")])]) == "a\nb"
+    assert made.render([user([TextPart("a"), TextPart("b")])]) == "a b"
 
 
 def test_strings_become_parts_for_a_template_of_parts() -> None:
@@ -130,8 +130,22 @@ def test_the_helpers_of_hugging_face() -> None:
     assert template(source).render([user("a"), user("b")]) == 'a26 Jul 2024{\n "a": "<é>"\n}!'
 
 
+def test_namespaces_and_dicts_work_as_usual() -> None:
+    source = (
+        "{% set ns = namespace(n=1, self=2) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n + ns.self }}{{ dict(a=1).a }}{{ dict.fromkeys('ab', 7).b }}"
+    )
+    assert template(source).render([user("x")]) == "417"
+
+
 def test_the_sandbox_keeps_a_template_from_python_and_from_changing_messages() -> None:
-    for source in ("{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.pop() }}"):
+    for source in (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.pop() }}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ dict.__subclasses__() }}",
+    ):
         assert refusal(template(source), user("a")).code is ErrorCode.INVALID_REQUEST
 
 

@@ -40,7 +40,7 @@ def test_the_bundled_model() -> None:
     assert tokenizer.decode(with_bos) == text
     detokenizer = tokenizer.detokenizer()
     assert "".join(detokenizer.push([each]) for each in with_bos) + detokenizer.flush() == text
-    assert model_files.read_context_tokens(BUNDLED) == 2048
+    assert model_files.context_length(BUNDLED) == 2048
 
 
 def test_what_is_read_from_a_directory(model_dir: Path) -> None:
@@ -116,6 +116,11 @@ def test_broken_files_are_named(model_dir: Path, name: str, content: Any, messag
     write(model_dir / name, content)
     with pytest.raises(ConfigError, match=f"{name}.*{message}"):
         ModelTokenizer.load(model_dir)
+
+
+def test_a_model_that_does_not_say_its_context(model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="max_position_embeddings.*set max-model-len"):
+        model_files.context_length(model_dir)
 
 
 def test_sampling_defaults(model_dir: Path) -> None:
