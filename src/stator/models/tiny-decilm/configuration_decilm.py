@@ -1,7 +1,7 @@
 """Configuration class for engines that build it through ``auto_map``.
 
-Engines read ``block_configs`` by attribute (``block.attention.no_op``), and they write nothing back, so plain namespaces
-are enough. The class does not derive from the library's Llama configuration: that one insists on a single FFN width
+Engines read ``block_configs`` by attribute (``block.attention.no_op``) and write nothing back, so plain namespaces are
+enough. The class does not derive from the library's Llama configuration: that one insists on a single FFN width
 for all layers, which this architecture does not have.
 """
 
@@ -32,15 +32,13 @@ class DeciLMConfig(PretrainedConfig):
         self,
         block_configs: list[Any] | None = None,
         rope_theta: float = 10000.0,
-        rope_scaling: dict[str, Any] | None = None,
         rope_parameters: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.block_configs = [DeciLMBlock.of(block) for block in block_configs or []]
-        self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
-        # the newer name: one mapping instead of theta and scaling
+        # current releases read one mapping; the two older names of config.json are for other readers
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": rope_theta}
+        kwargs.pop("rope_scaling", None)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
             setattr(self, name, kwargs.pop(name, None))
         for name in ("num_key_value_heads", "intermediate_size", "max_position_embeddings", "rms_norm_eps"):
@@ -52,5 +50,6 @@ class DeciLMConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        out["block_configs"] = [block.to_dict() if isinstance(block, DeciLMBlock) else block for block in self.block_configs]
+        blocks = self.block_configs
+        out["block_configs"] = [block.to_dict() if isinstance(block, DeciLMBlock) else block for block in blocks]
         return out
