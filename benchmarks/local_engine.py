@@ -1,6 +1,6 @@
 """How fast the numpy runner computes: decode step by number of sequences, and prefill.
 
-    python benchmarks/local_engine.py [--quick] [--model DIR] [--context TOKENS]
+python benchmarks/local_engine.py [--quick] [--model DIR] [--context TOKENS]
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from stator.engines.local.attention import KvCache, Span
 from stator.engines.local.forward import Decoder, Step
-from stator.engines.local.model_config import load_model_config
+from stator.engines.local.model_config import ModelConfig, load_model_config
 from stator.engines.local.runner import Chunk
 from stator.engines.local.sampler import sample_tokens
 from stator.engines.local.tiles import use_one_blas_thread
@@ -42,8 +43,7 @@ class NumpyRunner:
         self.max_model_len = config.max_position
         self._decoder = Decoder(weights, config, block_size)
         self._caches = self._decoder.new_caches(num_blocks)
-        identity = f"{config!r} {weights.digest(weights.names)}"
-        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self.fingerprint = _fingerprint(config, weights)
 
     @property
     def block_bytes(self) -> int:
@@ -134,3 +134,9 @@ class NumpyRunner:
     def _arrays(self) -> list[F32]:
         caches: list[KvCache] = [cache for cache in self._caches if cache is not None]
         return [array for cache in caches for array in (cache.keys, cache.values)]
+
+
+def _fingerprint(config: ModelConfig, weights: Weights) -> str:
+    """Equal for runners whose KV blocks mean the same, wherever the model lies and however its files are cut."""
+    identity = f"{replace(config, eos_token_ids=frozenset())!r} {weights.digest(weights.names)}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
