@@ -1,15 +1,11 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import pytest
+from stator.testing.clock import run_virtual
+from stator.testing.contracts.discovery import DiscoveryContract, DiscoveryLossContract
+from stator.testing.hub_world import HubWorld, LosableWorld, MemoryWorld, World, WorldLimits
 
-pytest.register_assert_rewrite("stator.testing.contracts.discovery")
-
-from stator.testing.clock import run_virtual  # noqa: E402
-from stator.testing.contracts.discovery import DiscoveryContract, DiscoveryLossContract  # noqa: E402
-from stator.testing.hub_world import HubWorld, LosableWorld, MemoryWorld, World, WorldLimits  # noqa: E402
-
-SHORT = WorldLimits(lease_ttl_s=0.3, timeout_s=1.0)
+SHORT = WorldLimits(lease_ttl_s=0.6, timeout_s=1.0)
 
 
 async def in_memory(scenario: Callable[[World], Awaitable[None]]) -> None:

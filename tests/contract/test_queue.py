@@ -1,14 +1,10 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import pytest
-
-pytest.register_assert_rewrite("stator.testing.contracts.queue")
-
-from stator.core.job_queue import QueueLimits  # noqa: E402
-from stator.testing.clock import run_virtual  # noqa: E402
-from stator.testing.contracts.queue import QueueContract, QueueLossContract  # noqa: E402
-from stator.testing.hub_world import HubWorld, LosableWorld, MemoryWorld, World, WorldLimits  # noqa: E402
+from stator.core.job_queue import QueueLimits
+from stator.testing.clock import run_virtual
+from stator.testing.contracts.queue import QueueContract, QueueLossContract
+from stator.testing.hub_world import HubWorld, LosableWorld, MemoryWorld, World, WorldLimits
 
 SHORT = WorldLimits(
     lease_ttl_s=0.6,
