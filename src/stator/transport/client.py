@@ -36,7 +36,7 @@ class RequestPlaneClient:
         self._network = network
         self._settings = settings or TransportSettings()
         self._parsed: dict[str, Address] = {}
-        self._inprocess: set[ClientStream] = set()
+        self._streams: set[ClientStream] = set()
         self._pool = ConnectionPool(identity, self._settings)
         self._closed = False
 
@@ -44,7 +44,7 @@ class RequestPlaneClient:
         self, target: Target, request: Any, sink: Sink, *, context: CallContext, item_type: Any = Any
     ) -> StreamHandle:
         settings = self._settings
-        stream = ClientStream(target.endpoint, sink, context, item_type, settings.window(target.lane))
+        stream = ClientStream(target.endpoint, sink, context, item_type, settings.window(target.lane), self._streams)
         if context.deadline is not None and context.deadline <= loop_time():
             stream.break_soon(deadline_passed(target.endpoint))
         elif self._closed:
@@ -58,7 +58,7 @@ class RequestPlaneClient:
 
     async def close(self) -> None:
         self._closed = True
-        for stream in list(self._inprocess):
+        for stream in list(self._streams):
             stream.cancel()
         await self._pool.close()
         # The last ends are on their way to their sinks.
@@ -68,6 +68,11 @@ class RequestPlaneClient:
     def stats(self) -> TransportStats:
         """Of the socket connections."""
         return self._pool.stats
+
+    @property
+    def num_connections(self) -> int:
+        """Sockets that are open now."""
+        return self._pool.num_connections
 
     def _route(self, stream: ClientStream, target: Target, request: Any) -> None:
         """Raises StatorError for a target that cannot be reached."""
@@ -83,7 +88,7 @@ class RequestPlaneClient:
                 continue
             refusal = self._refusal(server, target)
             if refusal is None:
-                server.open(stream, target, request, self._inprocess)
+                server.open(stream, target, request)
                 return
         if not sockets:
             raise refusal or StatorError(

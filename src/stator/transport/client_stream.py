@@ -36,6 +36,7 @@ class ClientStream:
     """Implements transport.base.StreamHandle."""
 
     __slots__ = (
+        "_book",
         "_closed",
         "_credit_step",
         "_held",
@@ -53,13 +54,24 @@ class ClientStream:
         "window",
     )
 
-    def __init__(self, endpoint: str, sink: Sink, context: CallContext, item_type: Any, window: int) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        sink: Sink,
+        context: CallContext,
+        item_type: Any,
+        window: int,
+        book: "set[ClientStream]",
+    ) -> None:
+        """book: where the stream is listed until its end is at, or on its way to, the sink."""
         self.endpoint = endpoint
         self.context = context
         self.item_type = item_type
         self.window = window
         self.stream_id = -1
         self._sink = sink
+        self._book = book
+        book.add(self)
         self._link: StreamLink | None = None
         self._credit_step = window // 2
         self._uncredited = 0
@@ -159,6 +171,7 @@ class ClientStream:
 
     def _close(self) -> None:
         self._closed = True
+        self._book.discard(self)
         self._held = []
         if self._timer is not None:
             self._timer.cancel()

@@ -57,10 +57,8 @@ class InProcessCarrier:
     def instance_id(self) -> InstanceId:
         return self._dispatcher.instance_id
 
-    def open(self, stream: ClientStream, target: Target, request: Any, open_streams: set[ClientStream]) -> None:
-        """open_streams: the caller's book of streams, kept from here on."""
-        pair = _Pair(self, stream, target, request, open_streams)
-        open_streams.add(stream)
+    def open(self, stream: ClientStream, target: Target, request: Any) -> None:
+        pair = _Pair(self, stream, target, request)
         self._next_id += 1
         stream.attach(pair, self._next_id)
         if len(self._pairs) >= self._settings.max_streams:
@@ -116,19 +114,11 @@ class InProcessCarrier:
 class _Pair:
     """Both ends of one stream. Implements CallLink and StreamLink."""
 
-    __slots__ = ("_call", "_carrier", "_loop", "_open_streams", "_request", "_target", "stream")
+    __slots__ = ("_call", "_carrier", "_loop", "_request", "_target", "stream")
 
     congested = False
 
-    def __init__(
-        self,
-        carrier: InProcessCarrier,
-        stream: ClientStream,
-        target: Target,
-        request: Any,
-        open_streams: set[ClientStream],
-    ) -> None:
-        self._open_streams = open_streams
+    def __init__(self, carrier: InProcessCarrier, stream: ClientStream, target: Target, request: Any) -> None:
         self._carrier = carrier
         self._target = target
         self._request = request
@@ -172,7 +162,6 @@ class _Pair:
 
     def release(self, stream: ClientStream) -> None:
         self._carrier.discard(self)
-        self._open_streams.discard(stream)
 
     def send_cancel(self, stream: ClientStream) -> None:
         if self._call is not None:

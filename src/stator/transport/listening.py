@@ -38,9 +38,11 @@ async def bind_tcp(listen: Listen, host: str) -> tuple[socket.socket, TcpAddress
 
 
 def _bind(family: int, where: tuple[object, ...]) -> socket.socket:
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off only for sockets whose protocol number says TCP.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         bound.setblocking(False)
         bound.bind(where)
     except BaseException:

@@ -36,6 +36,10 @@ class ConnectionPool:
         self._connections: set[ClientConnection] = set()
         self._dials: dict[_DialKey, list[_Waiting]] = {}
 
+    @property
+    def num_connections(self) -> int:
+        return len(self._connections)
+
     def open(self, stream: ClientStream, target: Target, addresses: Sequence[SocketAddress], request: Any) -> None:
         """Begin the stream on a connection that is up, or once one is. Raises StatorError if too many wait."""
         for address in addresses:
@@ -53,6 +57,7 @@ class ConnectionPool:
         waiting.append((stream, target, request))
 
     async def close(self) -> None:
+        """Streams must have been cancelled before."""
         await self._tasks.close()
         connections = list(self._connections)
         for connection in connections:
@@ -62,12 +67,7 @@ class ConnectionPool:
     async def _dial(self, key: _DialKey) -> None:
         """Reach one of the addresses and begin there the streams that wait for it."""
         addresses, lane, instance_id = key
-        try:
-            reached = await self._reach(addresses, lane, instance_id)
-        except asyncio.CancelledError:
-            for stream, _, _ in self._dials.pop(key):
-                stream.cancel()
-            raise
+        reached = await self._reach(addresses, lane, instance_id)
         for stream, target, request in self._dials.pop(key):
             if isinstance(reached, StatorError):
                 stream.lose(StatorError(reached.code, reached.message))
@@ -110,8 +110,8 @@ class ConnectionPool:
         except TimeoutError:
             seconds = self._settings.connect_timeout_s
             return StatorError(ErrorCode.INSTANCE_LOST, f"{address} did not answer within {seconds:g} s")
-        except OSError as error:
-            return StatorError(ErrorCode.INSTANCE_LOST, f"cannot connect to {address}: {error.strerror or error}")
+        except (OSError, UnicodeError) as error:
+            return StatorError(ErrorCode.INSTANCE_LOST, f"cannot connect to {address}: {error}")
         finally:
             self._connecting.pop(key, None)
 
