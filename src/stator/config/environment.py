@@ -23,3 +23,8 @@ def external_control_plane() -> tuple[str | None, str | None]:
 def colour() -> bool:
     """NO_COLOR set to anything: no colour, wherever the output goes."""
     return not os.environ.get("NO_COLOR")
+
+
+def json_logs() -> bool:
+    """STATOR_LOG_FORMAT=json (observability.logs): log lines are objects, and must stay whole."""
+    return os.environ.get("STATOR_LOG_FORMAT", "").lower() == "json"

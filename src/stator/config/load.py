@@ -8,12 +8,21 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import msgspec
 
 from stator.config.decode import Errors, decode_struct, decode_value, lookup, nearest
-from stator.config.schema import COMMON_CONFIGS, COMMON_SECTION, SECTIONS, SERVICE_ARGS, ServiceArgs, WorkerConfig
+from stator.config.schema import (
+    COMMON_CONFIGS,
+    COMMON_SECTION,
+    SECTIONS,
+    SERVICE_ARGS,
+    RouterConfig,
+    RouterName,
+    ServiceArgs,
+    WorkerConfig,
+)
 from stator.config.tree import Node, canonical, describe, merge, parse_override, read_yaml
 from stator.errors import ConfigError
 
@@ -39,14 +48,19 @@ class Section:
 
 
 def load_configuration(
-    path: Path | None, overrides: Sequence[tuple[str, str]], services: Iterable[str]
+    path: Path | None,
+    overrides: Sequence[tuple[str, str]],
+    services: Iterable[str],
+    *,
+    shown_as: str | None = None,
 ) -> Configuration:
     """services: names of the graph's services; flags may also name built-in sections and those of the file.
 
-    overrides: (`--Service.key.sub`, value) in the order given. Raises ConfigError with every problem found.
+    overrides: (`--Service.key.sub`, value) in the order given. shown_as: the file's name in messages.
+    Raises ConfigError with every problem found.
     """
     errors = Errors()
-    source = "the configuration" if path is None else str(path)
+    source = "the configuration" if path is None else shown_as or str(path)
     root = Node(source, children={}) if path is None else read_yaml(path, source)
     in_file = list(root.children or {})
     known = sorted({*services, *SECTIONS, COMMON_SECTION, *in_file})
@@ -140,6 +154,8 @@ def decode_section(
         raise TypeError(f"@service(config={struct.__qualname__}) of {name}: expected a msgspec.Struct")
     if args is None or config is None:
         return None
+    if isinstance(config, RouterConfig) and config.mode is None:
+        config = msgspec.structs.replace(config, mode=_processor_router(configuration))
     _notices(name, config, children, notices)
     return Section(args, config)
 
@@ -204,6 +220,13 @@ def _served_model_name(configuration: Configuration) -> str | None:
     frontend = configuration.sections.get("Frontend")
     node = lookup(frontend.children or {}, "served_model_name") if frontend is not None else None
     return None if node is None or node.value is None else node.text or str(node.value)
+
+
+def _processor_router(configuration: Configuration) -> RouterName | None:
+    """What the Processor's section says; a wrong value is reported where the Processor runs."""
+    section = configuration.sections.get("Processor")
+    node = lookup(section.children or {}, "router") if section is not None else None
+    return node.value if node is not None and node.value in get_args(RouterName) else None
 
 
 def _connector(

@@ -3,12 +3,18 @@
 A worker's section takes the engine's own flags too; they are collected in `engine_args`.
 """
 
+import contextlib
+import re
+from collections.abc import Generator
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-RouterMode = Literal["kv", "round-robin", "random", "least-loaded"]
+from stator.core.routing import RouterMode
+from stator.errors import ConfigError
+
+RouterName = Literal["kv", "round-robin", "random", "least-loaded"]
 EngineName = Literal["vllm", "local", "sim"]
 
 _Port = Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 takes a free one.")]
@@ -61,7 +67,7 @@ class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
     migration_limit: Annotated[
         int, Meta(ge=0, description="How often a request may continue on another worker.", extra={"unit": "times"})
     ] = 3
-    router: Annotated[RouterMode, Meta(description="How a decode worker is chosen.")] = "least-loaded"
+    router: Annotated[RouterName, Meta(description="How a decode worker is chosen.")] = "least-loaded"
     trust_remote_code: Annotated[bool, Meta(description="Accepted for older files; the tokenizer runs no code.")] = (
         False
     )
@@ -75,7 +81,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         int, Meta(ge=0, description="Decode workers to wait for before the first request.", extra={"unit": "workers"})
     ] = 1
     block_size: _BlockSize = 64
-    mode: Annotated[RouterMode, Meta(description="Policy; default: the Processor's `router`.")] | None = None
+    mode: Annotated[RouterName, Meta(description="Policy; default: the Processor's `router`.")] | None = None
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +100,28 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: dict[str, Any] = {}
     engine_arg_origins: dict[str, str] = {}
 
+    def engine_values(self) -> dict[str, Any]:
+        """All that the engine is told: its own flags, and the options of ours that it shares."""
+        shared = {
+            "model": self.model,
+            "served_model_name": self.served_model_name,
+            "kv_transfer_config": self.kv_transfer_config,
+        }
+        return {**self.engine_args, **{key: value for key, value in shared.items() if value is not None}}
+
+    @contextlib.contextmanager
+    def located(self) -> Generator[None]:
+        """Errors of an engine about one of its flags, raised within, name the place where the flag was written."""
+        try:
+            yield
+        except ConfigError as error:
+            message = str(error)
+            words = set(re.findall(r"[\w-]+", message))
+            for key, origin in self.engine_arg_origins.items():
+                if (key in words or key.replace("_", "-") in words) and origin not in message:
+                    raise ConfigError(f"{origin}: {message}") from error
+            raise
+
 
 class VllmWorkerConfig(WorkerConfig, frozen=True, kw_only=True):
     """A decode worker, or one of both roles."""
@@ -106,7 +134,7 @@ class VllmWorkerConfig(WorkerConfig, frozen=True, kw_only=True):
     max_prefill_queue_size: Annotated[
         int, Meta(ge=0, description="Queue length from which prompts are prefilled here.", extra={"unit": "jobs"})
     ] = 2
-    router: Annotated[RouterMode, Meta(description="Accepted here; the Processor's `router` decides.")] | None = None
+    router: Annotated[RouterName, Meta(description="Accepted here; the Processor's `router` decides.")] | None = None
 
 
 class PrefillWorkerConfig(WorkerConfig, frozen=True, kw_only=True):
@@ -124,3 +152,8 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
 COMMON_SECTION = "Common"
 SERVICE_ARGS = "ServiceArgs"
 COMMON_CONFIGS = "common_configs"
+
+
+def routing_mode(name: RouterName | None) -> RouterMode:
+    """The policy behind a `router` or `mode` option. `kv` balances by load until the KV-aware router exists."""
+    return RouterMode.LEAST_LOADED if name in (None, "kv") else RouterMode(name)

@@ -8,14 +8,14 @@ act (its peers believe it dead), so that it ends at once and without draining.
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, cast
 from uuid import uuid4
 
 from stator.config.decode import Errors
 from stator.config.load import Configuration, Section, decode_section, raise_all
 from stator.discovery.base import Lease
-from stator.errors import ConfigError, StatorError
+from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.graph.client import ServiceClient
 from stator.graph.context import InfoFields, ServiceContext
 from stator.graph.graph import Graph
@@ -31,6 +31,8 @@ from stator.transport.settings import Identity, Listen
 
 logger = logging.getLogger(__name__)
 
+HUB_RETRY_S = 1.0
+
 
 class ServiceProcess:
     """Runs the services that `spec` names.
@@ -42,7 +44,7 @@ class ServiceProcess:
         self,
         spec: ChildSpec,
         graph: Graph,
-        connect: Callable[[], Awaitable[Planes]],
+        connect: Callable[[], Planes],
         report: Callable[[Report], None],
     ) -> None:
         self._spec = spec
@@ -66,16 +68,30 @@ class ServiceProcess:
     async def run(self) -> ExitCode:
         """Raises ConfigError, StatorError or whatever a service's start raises, after everything is closed."""
         sections = self._decode()
-        planes = await self._connect()
+        planes = self._connect()
         try:
             await planes.start()
-            lease = await planes.discovery.grant_lease()
+            lease = await self._take_lease(planes)
+            if lease is None:
+                return ExitCode.OK
             try:
                 return await self._serve(planes, lease, sections)
             finally:
                 await lease.revoke()
         finally:
             await planes.close()
+
+    async def _take_lease(self, planes: Planes) -> Lease | None:
+        """Wait for a hub that cannot be reached: it may be starting, or starting again. None if a stop came first."""
+        while True:
+            try:
+                return await planes.discovery.grant_lease()
+            except StatorError as error:
+                if error.code is not ErrorCode.INSTANCE_LOST:
+                    raise
+                logger.warning("waiting for the hub: %s", error)
+            if await _first(self._stopping.wait(), asyncio.sleep(HUB_RETRY_S)):
+                return None
 
     def _decode(self) -> dict[str, Section]:
         configuration = Configuration(self._spec.sections, self._spec.source)

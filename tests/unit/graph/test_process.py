@@ -18,6 +18,8 @@ from stator.graph.protocol import ChildSpec, ExitCode, Ready, Report, Serving
 from stator.ids import InstanceId
 from stator.queue.memory import MemoryQueue
 from stator.transport.base import Call
+from stator.transport.client import RequestPlaneClient
+from stator.transport.inprocess import InProcessNetwork
 from stator.transport.settings import Identity
 
 
@@ -112,8 +114,10 @@ def make_spec(services: Sequence[str], config: str = "") -> ChildSpec:
 async def run(
     process_spec: ChildSpec, root: type[Any], discovery: MemoryDiscovery, reports: "asyncio.Queue[Report]"
 ) -> tuple[ServiceProcess, "asyncio.Task[ExitCode]"]:
-    async def connect() -> Planes:
-        return Planes(Identity("ns", InstanceId("p"), "", "secret"), discovery, lambda _: MemoryQueue())
+    def connect() -> Planes:
+        network = InProcessNetwork()
+        client = RequestPlaneClient(Identity("ns", InstanceId("p"), "", "secret"), network=network)
+        return Planes(client, network, discovery, lambda _: MemoryQueue())
 
     process = ServiceProcess(process_spec, build_graph(root), connect, reports.put_nowait)
     return process, asyncio.ensure_future(process.run())

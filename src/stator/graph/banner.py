@@ -1,0 +1,89 @@
+"""What a node tells the person who started it."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from stator.graph.graph import Graph
+from stator.graph.network import is_wildcard, url_host
+from stator.graph.protocol import Serving
+from stator.graph.service import ServiceSpec
+
+JOINING_ROLES = ("prefill", "decode")
+DEFAULT_NAMESPACE = "stator"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinLine:
+    """command: without the address. what: the kind of node that it adds."""
+
+    what: str
+    command: tuple[str, ...]
+
+
+def component_target(spec: ServiceSpec, directory: Path) -> str:
+    """How the service alone is named on a command line."""
+    module = spec.cls.__module__
+    if module.startswith("stator_target_"):
+        file = Path(getattr(sys.modules[module], "__file__", module))
+        module = str(file.relative_to(directory)) if file.is_relative_to(directory) else str(file)
+    return f"{module}:{spec.cls.__qualname__}"
+
+
+def join_lines(
+    graph: Graph, directory: Path, config: Path | None, overrides: Sequence[tuple[str, str]]
+) -> list[JoinLine]:
+    """One line for each service of the graph that more nodes may run; prefill first."""
+    lines: list[JoinLine] = []
+    joining = [s for role in JOINING_ROLES for s in graph.services.values() if s.role == role]
+    for spec in joining or list(graph.services.values())[1:]:
+        command = ["stator", "serve", component_target(spec, directory)]
+        command += ["-f", str(config)] if config is not None else []
+        command += [f"{flag}={value}" for flag, value in overrides if _concerns(flag, spec.name)]
+        lines.append(JoinLine(spec.name, tuple(command)))
+    return lines
+
+
+def _concerns(flag: str, service: str) -> bool:
+    return flag.removeprefix("--").split(".")[0] in (service, "Common")
+
+
+def format_join(lines: Sequence[JoinLine], head: tuple[str, int], namespace: str, token_place: str) -> str:
+    if not lines:
+        return ""
+    address = f"{url_host(head[0])}:{head[1]}"
+    extra = [] if namespace == DEFAULT_NAMESPACE else ["--namespace", namespace]
+    text = [
+        f"  One more {line.what}, here or on another node:\n"
+        f"    {shlex.join([*line.command, '--join', address, *extra])}"
+        for line in lines
+    ]
+    return "\n".join([*text, f"  Another node needs the token: {token_place}"])
+
+
+def format_serving(serving: Serving, advertise: str) -> str:
+    """The address and a request to paste. Wildcard hosts are shown as the address that others reach."""
+    url = reachable(serving.url, advertise)
+    body = {
+        "model": serving.model,
+        "messages": [{"role": "user", "content": "Tell me a story."}],
+        "max_tokens": 100,
+        "stream": True,
+    }
+    return (
+        f"  Address: {url}/v1    model: {serving.model}\n"
+        f"  Try it:\n"
+        f"    curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"      -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+    )
+
+
+def reachable(url: str, advertise: str) -> str:
+    parts = urlsplit(url)
+    if parts.hostname is None or not is_wildcard(parts.hostname):
+        return url.rstrip("/")
+    return parts._replace(netloc=f"{url_host(advertise)}:{parts.port}").geturl().rstrip("/")

@@ -1,0 +1,84 @@
+"""Output of a node: the children's lines with a prefix, and what the supervisor itself says."""
+
+import queue
+import sys
+import threading
+from typing import BinaryIO
+
+from stator.config import environment
+
+MAX_QUEUED_LINES = 10_000
+CLOSE_TIMEOUT_S = 2.0
+
+_COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
+
+
+class Terminal:
+    """Writes lines to stdout and stderr from a thread: a terminal that is held (Ctrl-S) must not hold the hub.
+
+    Lines beyond MAX_QUEUED_LINES are dropped and counted, and so are those for a closed pipe. Colour only on a
+    terminal; JSON log lines pass unchanged, for those who parse them.
+    """
+
+    def __init__(self, stdout: BinaryIO | None = None, stderr: BinaryIO | None = None) -> None:
+        self._stdout = stdout or sys.stdout.buffer
+        self._stderr = stderr or sys.stderr.buffer
+        self._colours: dict[str, int] = {}
+        self._json = environment.json_logs()
+        self._num_dropped = 0
+        self._queue: queue.Queue[tuple[BinaryIO, bytes] | None] = queue.Queue(MAX_QUEUED_LINES)
+        self._writer = threading.Thread(target=self._write, name="terminal", daemon=True)
+        self._writer.start()
+
+    def child_line(self, label: str, line: bytes, *, error: bool) -> None:
+        out = self._stderr if error else self._stdout
+        if self._json and line.startswith(b"{"):
+            self._put(out, line)
+            return
+        prefix = f"[{label}]"
+        if environment.colour() and out.isatty():
+            colour = self._colours.setdefault(label, _COLOURS[len(self._colours) % len(_COLOURS)])
+            prefix = f"\x1b[{colour}m{prefix}\x1b[0m"
+        self._put(out, prefix.encode() + b" " + line)
+
+    def say(self, text: str) -> None:
+        self._put(self._stdout, text.encode())
+
+    def complain(self, text: str) -> None:
+        self._put(self._stderr, text.encode())
+
+    def close(self) -> None:
+        """Write what is queued, if it can be written soon."""
+        try:
+            self._queue.put(None, timeout=CLOSE_TIMEOUT_S)
+        except queue.Full:
+            return
+        self._writer.join(CLOSE_TIMEOUT_S)
+
+    def _put(self, out: BinaryIO, line: bytes) -> None:
+        if self._num_dropped:
+            note = f"stator: {self._num_dropped} lines were dropped: nobody read the output".encode()
+            try:
+                self._queue.put_nowait((self._stderr, note))
+                self._num_dropped = 0
+            except queue.Full:
+                pass
+        try:
+            self._queue.put_nowait((out, line))
+        except queue.Full:
+            self._num_dropped += 1
+
+    def _write(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            out, line = entry
+            try:
+                out.write(line + b"\n")
+                if self._queue.empty() or out is self._stderr:
+                    out.flush()
+            except (OSError, ValueError):
+                continue
+        for out in (self._stdout, self._stderr):
+            try:
+                out.flush()
+            except (OSError, ValueError):
+                continue

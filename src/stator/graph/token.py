@@ -1,0 +1,84 @@
+"""The deployment's token: where it comes from, and how it is made on the first use."""
+
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+
+from stator.config import environment
+from stator.errors import ConfigError
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def check_namespace(namespace: str) -> None:
+    if not _NAMESPACE.fullmatch(namespace):
+        raise ConfigError(
+            f"--namespace {namespace}: expected 1 to 63 letters, digits, dots, dashes and underscores, "
+            f"beginning with a letter or digit"
+        )
+
+
+def default_token_file(namespace: str) -> Path:
+    return environment.state_directory() / f"{namespace}.token"
+
+
+def find_token(namespace: str, token_file: Path | None) -> str | None:
+    """STATOR_TOKEN, else the file that was named, else this user's file for the namespace; None if there is none.
+
+    Raises ConfigError for a file that cannot be used, among them one that others may read.
+    """
+    if (token := environment.token()) is not None:
+        return token
+    if token_file is not None:
+        return _read(token_file)
+    default = default_token_file(namespace)
+    return _read(default) if default.exists() else None
+
+
+def make_token(namespace: str) -> str:
+    """Write a new token to this user's file for the namespace, mode 0600; if another process was first, its token."""
+    path = default_token_file(namespace)
+    token = secrets.token_urlsafe(32)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Linked into place whole: another process must never read half a token.
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(token + "\n")
+            os.link(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except FileExistsError:
+        return _read(path)
+    except OSError as error:
+        raise ConfigError(
+            f"the token file {path} cannot be made: {error.strerror}; set STATOR_TOKEN or XDG_STATE_HOME"
+        ) from None
+    return token
+
+
+def _read(path: Path) -> str:
+    try:
+        status = path.stat()
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"the token file {path} cannot be read: {reason}") from None
+    if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
+        raise ConfigError(f"the token file {path} may be read by others; run: chmod 600 {path}")
+    if not text:
+        raise ConfigError(f"the token file {path} is empty")
+    return text
+
+
+def missing_token(namespace: str, head: str) -> str:
+    """What to tell someone who joins without a token."""
+    return (
+        f"joining {head} needs the deployment's token, and there is none here. The head has it in its STATOR_TOKEN, "
+        f"or in {default_token_file(namespace)} of the user who started it. Copy that file to the same place here "
+        f"(mode 600), or give it with --token-file FILE, or set STATOR_TOKEN"
+    )
