@@ -1,0 +1,39 @@
+"""The engine contract on the local engine: with a runner without a model, and with numpy on the bundled models."""
+
+import random
+
+from stator.engines.base import Engine
+from stator.engines.local.args import LocalEngineArgs
+from stator.engines.local.engine import LocalEngine
+from stator.engines.local.load import numpy_runner
+from stator.testing.contracts.engine import EngineContract, EngineSettings
+from stator.testing.fake_runner import fake_runner
+
+
+def _args(model: str, block_size: int, settings: EngineSettings) -> LocalEngineArgs:
+    return LocalEngineArgs(
+        model=model,
+        block_size=block_size,
+        num_gpu_blocks_override=settings.num_blocks,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        transfer_hold_s=settings.transfer_hold_s,
+    )
+
+
+class TestLocalEngineWithoutModel(EngineContract):
+    block_size = 4
+    vocab_size = 1000
+
+    def make_engine(self, settings: EngineSettings) -> Engine:
+        args = _args("fake", self.block_size, settings)
+        return LocalEngine(args, runner_factory=fake_runner, rng=random.Random(1))
+
+
+class TestLocalEngineOnLlama(EngineContract):
+    block_size = 16
+    vocab_size = 4096
+
+    def make_engine(self, settings: EngineSettings) -> Engine:
+        args = _args("stator:tiny-llama", self.block_size, settings)
+        return LocalEngine(args, runner_factory=numpy_runner, rng=random.Random(1))
