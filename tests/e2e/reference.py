@@ -4,14 +4,16 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from stator.engines.local.numpy_runner import NumpyRunner
+import msgspec
 
 from stator.config.models import resolve_model
+from stator.engines.local.numpy_runner import NumpyRunner
 from stator.engines.local.runner import Chunk, SampleSpec
 from stator.messages.engine import SamplingParams
+from stator.messages.openai import ChatMessage
 from stator.messages.tokens import unpack
+from stator.processor import ModelTokenizer
 from stator.processor.chat_template import ChatTemplate
-from stator.processor.tokenizer import Tokenizer
 
 BLOCK_SIZE = 64
 CONTEXT = 2048
@@ -32,14 +34,16 @@ class Reference:
     def __init__(self, model: str = "stator:tiny-llama") -> None:
         self._dir = resolve_model(model)
         self._runner = NumpyRunner(self._dir, block_size=BLOCK_SIZE, num_blocks=CONTEXT // BLOCK_SIZE)
-        self._tokenizer = Tokenizer.load(self._dir)
-        self._template = ChatTemplate.load(self._dir)
+        self._tokenizer = ModelTokenizer.load(self._dir)
+        assert self._tokenizer.chat_template is not None
+        source, origin = self._tokenizer.chat_template
+        self._template = ChatTemplate(source, origin=origin, special_tokens=self._tokenizer.special_tokens)
         self._known: dict[str, Expected] = {}
 
     def chat(self, messages: list[dict[str, Any]], max_tokens: int) -> Expected:
         key = json.dumps([messages, max_tokens])
         if key not in self._known:
-            text = self._template.render(messages)
+            text = self._template.render(msgspec.convert(messages, list[ChatMessage]))
             ids = unpack(self._tokenizer.encode(text, add_special_tokens=False))
             self._known[key] = self._generate(ids, max_tokens)
         return self._known[key]

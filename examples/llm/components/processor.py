@@ -5,11 +5,12 @@ from random import Random
 
 from components.router import Router
 from components.worker import VllmWorker
-from stator import processor, router
+from stator import processor
 from stator.config.models import resolve_model
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 from stator.messages.processor import CompletionDelta
+from stator.router import LocalRouter
 from stator.transport import Call
 
 
@@ -36,8 +37,8 @@ class Processor:
             defaults=processor.SamplingDefaults.load(model_dir),
         )
 
-    def choose_here(self, context: ServiceContext) -> router.LocalRouter:
-        return router.LocalRouter(
+    def choose_here(self, context: ServiceContext) -> LocalRouter:
+        return LocalRouter(
             instance_id=context.instance_id,
             server=context.server,
             directory=context.directory,

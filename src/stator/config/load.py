@@ -18,6 +18,7 @@ from stator.config.schema import (
     COMMON_SECTION,
     SECTIONS,
     SERVICE_ARGS,
+    ProcessorConfig,
     RouterConfig,
     RouterName,
     ServiceArgs,
@@ -154,6 +155,8 @@ def decode_section(
         raise TypeError(f"@service(config={struct.__qualname__}) of {name}: expected a msgspec.Struct")
     if args is None or config is None:
         return None
+    if isinstance(config, ProcessorConfig) and config.served_model_name is None:
+        config = msgspec.structs.replace(config, served_model_name=_served_model_name(configuration))
     if isinstance(config, RouterConfig) and config.mode is None:
         config = msgspec.structs.replace(config, mode=_processor_router(configuration))
     _notices(name, config, children, notices)

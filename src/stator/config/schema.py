@@ -62,6 +62,7 @@ class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Templates, tokens and text."""
 
     model: _Model
+    served_model_name: Annotated[str, Meta(description="Name clients ask for; default: Frontend's.")] | None = None
     block_size: _BlockSize = 64
     max_model_len: _MaxModelLen | None = None
     migration_limit: Annotated[

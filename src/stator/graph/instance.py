@@ -31,9 +31,9 @@ class RunningService:
 
     async def start(self) -> None:
         """Run the on_start hooks, then take calls. Raises what a hook raises."""
-        self._started = True
         for hook in self.spec.start_hooks:
             await self._run(hook)
+        self._started = True
         for endpoint in self.spec.endpoints:
             self.context.server.register(self._endpoint(endpoint))
 

@@ -27,8 +27,8 @@ from stator.messages.openai import ChatMessage, TextPart
 
 _Message = dict[str, Any]
 
-PARTS_SEPARATOR = " "
-"""Between text parts for a template that takes strings only, as `transformers serve` joins them."""
+PARTS_SEPARATOR = "\n"
+"""Between text parts for a template that takes strings only, as vLLM joins them."""
 
 
 class TemplateRefusal(jinja2.TemplateError):

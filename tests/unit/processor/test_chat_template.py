@@ -65,12 +65,12 @@ def test_a_template_that_fails_says_nothing_internal() -> None:
 
 def test_parts_are_joined_for_a_template_of_strings() -> None:
     made = template(LLAMA2, bos_token="<s>", eos_token="</s>")
-    assert made.render([user([TextPart("a"), TextPart("b")])]) == "<s>[INST] a b [/INST]"
+    assert made.render([user([TextPart("a"), TextPart("b")])]) == "<s>[INST] a\nb [/INST]"
 
 
 def test_parts_are_joined_for_a_template_that_would_print_the_list() -> None:
     made = template("{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert made.render([user([TextPart("a"), TextPart("b")])]) == "a b"
+    assert made.render([user([TextPart("a"), TextPart("b")])]) == "a\nb"
 
 
 def test_strings_become_parts_for_a_template_of_parts() -> None:
