@@ -70,14 +70,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
-        self._num_head_bytes = 0
         self._arm_head_timer()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._num_head_bytes = 0
         self._head_timer = _cancel(self._head_timer)
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head = True
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -95,7 +98,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _head_late(self) -> None:
         self._head_timer = None
-        if self._num_head_bytes:
+        if self._num_head_bytes or self.busy:
             self._refuse(408, f"The request's head did not arrive within {self._settings.head_timeout_s:g} seconds.")
         else:
             self.transport.close()

@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from frontend_fakes import MODEL, AsgiClient, ask, chat_body, delta, frontend, text_body
 from hypothesis import given, settings
@@ -90,7 +91,7 @@ VALUES = st.recursive(
 
 def decoded_or_refused(endpoint: str, body: bytes) -> None:
     try:
-        decode_request(endpoint, body)
+        msgspec.msgpack.encode(decode_request(endpoint, body))
     except StatorError as error:
         assert error.code is ErrorCode.INVALID_REQUEST
         assert error.message.endswith(".")
