@@ -30,6 +30,10 @@ class TestLocalEngineWithoutModel(EngineContract):
         return LocalEngine(args, runner_factory=fake_runner, rng=random.Random(1))
 
 
+class TestLocalEngineOverTcp(TestLocalEngineWithoutModel):
+    tcp = True
+
+
 class TestLocalEngineOnLlama(EngineContract):
     block_size = 16
     vocab_size = 4096

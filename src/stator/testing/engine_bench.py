@@ -158,12 +158,14 @@ class BenchClient:
 
 
 class BenchHost:
-    """An EngineHost. dead: why the engine said that it is, once it did."""
+    """An EngineHost. network None: over TCP. dead: why the engine said that it is, once it did."""
 
-    def __init__(self, name: str, network: InProcessNetwork) -> None:
+    def __init__(self, name: str, network: InProcessNetwork | None) -> None:
         self.instance_id = InstanceId(name)
-        identity = Identity(instance_id=self.instance_id)
-        self.server = RequestPlaneServer(identity, Listen(host=None, inproc_name=name), network=network)
+        self.network = network
+        identity = Identity(instance_id=self.instance_id, token="bench")
+        listen = Listen() if network is None else Listen(host=None, inproc_name=name)
+        self.server = RequestPlaneServer(identity, listen, network=network)
         self.watched_client = BenchClient(RequestPlaneClient(identity, network=network))
         self.client: TransportClient = self.watched_client
         self.dead: list[str] = []
@@ -215,9 +217,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running_engines(*engines: Engine) -> AsyncGenerator[list[BenchEngine]]:
-    """Start engines on one network; stop them at the end."""
-    network = InProcessNetwork()
+async def running_engines(*engines: Engine, tcp: bool = False) -> AsyncGenerator[list[BenchEngine]]:
+    """Start engines that reach each other, in process or over TCP; stop them at the end."""
+    network = None if tcp else InProcessNetwork()
     async with contextlib.AsyncExitStack() as stack:
         started: list[BenchEngine] = []
         for index, engine in enumerate(engines):

@@ -54,10 +54,14 @@ Scenario = Callable[[BenchEngine, BenchEngine], Awaitable[None]]
 
 
 class EngineContract:
-    """block_size: of the engines that make_engine makes. vocab_size: prompts are drawn from 4 to there."""
+    """block_size: of the engines that make_engine makes. vocab_size: prompts are drawn from 4 to there.
+
+    tcp: whether the engines reach each other over sockets.
+    """
 
     block_size: int
     vocab_size: int
+    tcp: bool = False
 
     def make_engine(self, settings: EngineSettings) -> Engine:
         """An engine with exactly that many blocks, prefix caching, and a context of at least 24 blocks of tokens."""
@@ -71,7 +75,7 @@ class EngineContract:
         chosen = settings or EngineSettings()
 
         async def main() -> None:
-            async with running_engines(self.make_engine(chosen), self.make_engine(chosen)) as (one, two):
+            async with running_engines(self.make_engine(chosen), self.make_engine(chosen), tcp=self.tcp) as (one, two):
                 await scenario(one, two)
                 await one.until_idle()
                 await two.until_idle()
