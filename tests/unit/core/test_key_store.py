@@ -81,6 +81,16 @@ def test_an_ended_lease_takes_its_keys_in_one_change() -> None:
     ]
 
 
+def test_a_key_belongs_to_the_lease_of_its_last_put() -> None:
+    store = KeyStore()
+    for event in (GrantLease(ONE, 10.0), GrantLease(TWO, 10.0), Put("k", b"1", ONE), Put("k", b"2", TWO)):
+        store.handle(event, 0.0)
+    assert store.handle(RevokeLease(ONE), 0.0) == [Answer(True), LeaseEnded(ONE, expired=False)]
+    assert value_of(store, "k", 0.0) == b"2"
+    store.handle(RevokeLease(TWO), 0.0)
+    assert value_of(store, "k", 0.0) is None
+
+
 def test_watching_again_starts_over() -> None:
     store = KeyStore()
     store.handle(Watch(1, "k"), 0.0)
@@ -240,4 +250,4 @@ class KeyStoreMachine(RuleBasedStateMachine):
 
 
 TestKeyStoreMachine = KeyStoreMachine.TestCase
-TestKeyStoreMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestKeyStoreMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
