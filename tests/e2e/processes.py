@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -99,6 +99,17 @@ class Serve:
             except psutil.NoSuchProcess:
                 pass
         self.process.wait(10)
+        self._close()
+
+    def kill(self) -> None:
+        """kill -9 of the supervisor alone."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def _close(self) -> None:
+        self._reader.join(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def stop(self, timeout_s: float = 40) -> int:
         """Ctrl-C, and every process of the tree must be gone. Returns the exit code."""
@@ -111,16 +122,9 @@ class Serve:
             self.kill_tree()
             raise AssertionError(f"still running {timeout_s:g} s after Ctrl-C. Output:\n{self.output}") from None
         _, alive = psutil.wait_procs(tree, timeout=5)
-        self._reader.join(5)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._close()
         assert not alive, f"left behind: {alive}. Output:\n{self.output}"
         return code
-
-
-def children_of(serve: Serve, name: str) -> list[psutil.Process]:
-    """Child processes whose environment or command line names the service."""
-    return [p for p in serve.tree()[1:] if any(name in part for part in p.cmdline())]
 
 
 def free_port() -> int:
@@ -129,11 +133,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def serving(*commands: Serve) -> Iterator[Serve]:
-    try:
-        yield from commands
-    finally:
-        for command in reversed(commands):
-            command.stop()

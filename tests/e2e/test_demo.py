@@ -153,7 +153,7 @@ def test_a_killed_supervisor_takes_everything_along(tmp_path: Path) -> None:
     serve = Serve(["demo", "--port", str(free_port()), "--hub-port", str(free_port())], state_dir=tmp_path)
     serve.wait_for("ready", 90)
     children = serve.tree()[1:]
-    serve.process.kill()
-    serve.process.wait(10)
+    serve.kill()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+    serve.kill_tree()
