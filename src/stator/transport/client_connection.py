@@ -15,7 +15,7 @@ from stator.transport import handshake
 from stator.transport.base import Lane, Target
 from stator.transport.client_stream import ClientStream
 from stator.transport.connection import Connection, TransportStats, cannot_carry
-from stator.transport.encoding import ENCODE_ERRORS, FrameTooLong, encode_request
+from stator.transport.encoding import DECODE_ERRORS, ENCODE_ERRORS, FrameTooLong, encode_request
 from stator.transport.refusals import too_many_streams
 from stator.transport.server_call import deadline_passed
 from stator.transport.settings import Identity, TransportSettings
@@ -143,7 +143,7 @@ class ClientConnection(Connection):
             stream, decoder = found
             try:
                 items = decoder.decode(entry.items)
-            except (msgspec.DecodeError, RecursionError) as error:
+            except DECODE_ERRORS as error:
                 stream.break_soon(
                     StatorError(ErrorCode.PROTOCOL, f"an item of {stream.endpoint} is not what was expected: {error}")
                 )

@@ -16,7 +16,7 @@ import msgspec
 from stator.errors import ErrorCode, StatorError
 from stator.messages.control import Frame, Ping, Pong
 from stator.transport.base import Lane
-from stator.transport.encoding import FrameSplitter, FrameTooLong, append_frame
+from stator.transport.encoding import DECODE_ERRORS, FrameSplitter, FrameTooLong, append_frame
 from stator.transport.settings import KIB, TransportSettings
 
 logger = logging.getLogger(__name__)
@@ -111,12 +111,14 @@ class Connection(asyncio.Protocol):
                     continue
                 message = _decoder.decode(frame)
                 if isinstance(message, Ping):
-                    self.send(Pong(message.number))
+                    # A peer that leaves us congested hears from us as soon as it reads.
+                    if not self._congested:
+                        self.send(Pong(message.number))
                 elif not isinstance(message, Pong):
                     self.frame(message)
         except StatorError as error:
             self.fail(error)
-        except (msgspec.DecodeError, FrameTooLong, RecursionError) as error:
+        except (FrameTooLong, *DECODE_ERRORS) as error:
             self.fail(StatorError(ErrorCode.PROTOCOL, f"a frame from {self.peer} cannot be read: {error}"))
         except Exception:
             logger.exception("failed to handle a frame from %s", self.peer)
@@ -194,6 +196,7 @@ class Connection(asyncio.Protocol):
         """End the connection because of what the peer did."""
         if self.is_closed:
             return
+        self.flush()
         self.refuse(error)
         self.close(error)
 
@@ -238,7 +241,7 @@ class Connection(asyncio.Protocol):
         late = now - self._tick_due > self.settings.ping_interval_s / 2
         error = self._check_peer(now, late)
         if error is not None:
-            self._lose(error)
+            self.lose(error)
             return
         if self._said:
             self._said = False
@@ -265,7 +268,8 @@ class Connection(asyncio.Protocol):
             return StatorError(ErrorCode.INSTANCE_LOST, f"{self.peer} has read nothing for {timeout:g} s")
         return None
 
-    def _lose(self, error: StatorError) -> None:
+    def lose(self, error: StatorError) -> None:
+        """Give the peer up: it would not hear why."""
         logger.warning("%s; closing the connection", error.message)
         self._end(error)
         if self._transport is not None:

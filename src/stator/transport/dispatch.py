@@ -7,6 +7,7 @@ import msgspec
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId
 from stator.transport.base import Endpoint
+from stator.transport.encoding import DECODE_ERRORS
 from stator.transport.refusals import stale_instance
 from stator.transport.server_call import ServerCall
 from stator.transport.settings import Identity
@@ -46,7 +47,7 @@ class Dispatcher:
         """Raises StatorError(PROTOCOL) naming the field that does not fit."""
         try:
             return self._decoders[endpoint.name].decode(encoded)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except DECODE_ERRORS as error:
             raise StatorError(ErrorCode.PROTOCOL, f"{endpoint.name} cannot read its request: {error}") from error
 
     def run(self, endpoint: Endpoint, call: ServerCall) -> None:

@@ -162,6 +162,9 @@ class ServerConnection(Connection):
         if stream_id <= self._last_stream_id:
             raise StatorError(ErrorCode.PROTOCOL, f"stream {stream_id} was opened after stream {self._last_stream_id}")
         self._last_stream_id = stream_id
+        if self.write_backlog > self.settings.max_write_buffer_bytes:
+            self.lose(self._not_reading(frame.endpoint))
+            return
         try:
             if len(self._calls) >= self.settings.max_streams:
                 raise too_many_streams(self.settings.max_streams)

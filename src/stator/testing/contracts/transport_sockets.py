@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from stator.errors import ConfigError, ErrorCode
+from stator.ids import InstanceId
 from stator.testing.contracts.transport import Check, Item
 from stator.testing.contracts.transport_world import Carrier, Held, Recorder, open_on, turns, world
 from stator.transport.base import Call, Lane
@@ -287,6 +288,24 @@ async def idle_connections_close_and_come_back(carrier: Carrier) -> None:
         assert client.stats.connections == 2 and client.num_connections == 1
         await made.barrier(client, server)
         assert client.stats.connections == 3
+
+
+@socket_check
+async def a_server_that_says_go_away_finishes_what_runs(carrier: Carrier) -> None:
+    held = Held()
+    async with world(carrier, **QUICK_HEARTBEAT) as made:
+        server = await made.serve({"run": held}, instance="old")
+        client = made.client()
+        running, _ = open_on(client, server)
+        call = await held.called()
+        server.instance_id = InstanceId("new")
+        await made.barrier(client, server)
+        fresh, _ = open_on(client, server, instance="new")
+        (await held.called(2)).end()
+        assert await fresh.ended() is None and client.num_connections == 2
+        call.items([1])
+        call.end()
+        assert await running.ended() is None and running.received == [1]
 
 
 @socket_check
