@@ -29,178 +29,31 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-import msgspec
-
+from stator.core.job_queue_events import (
+    AbandonPull,
+    Ack,
+    Answer,
+    Buried,
+    CameBack,
+    Cancel,
+    DeadLetter,
+    Delivery,
+    Effect,
+    EndLease,
+    Event,
+    Expired,
+    Extend,
+    Nack,
+    Pull,
+    PullEnded,
+    Put,
+    QueueLimits,
+    QueueSize,
+    Refused,
+    Tick,
+)
 from stator.errors import ErrorCode
 from stator.ids import InstanceId, JobId, LeaseId
-
-DEFAULT_ACK_WAIT_S = 30.0
-DEFAULT_STEAL_AFTER_S = 1.0
-DEFAULT_MAX_DELIVERIES = 3
-DEFAULT_MAX_WAITING = 4096
-
-
-class Delivery(msgspec.Struct, frozen=True, omit_defaults=True):
-    """attempt counts from 1. seconds_left: until the job's deadline, None without one."""
-
-    job_id: JobId
-    attempt: int
-    payload: bytes
-    seconds_left: float | None = None
-
-
-class DeadLetter(msgspec.Struct, frozen=True):
-    job_id: JobId
-    attempts: int
-    reason: str
-    payload: bytes
-
-
-class QueueSize(msgspec.Struct, frozen=True):
-    """waiting: jobs nobody has taken. in_flight: delivered and not yet acked."""
-
-    waiting: int
-    in_flight: int
-
-
-@dataclass(frozen=True, slots=True)
-class QueueLimits:
-    """max_bytes bounds the payloads of all jobs that wait or are in flight, for the memory of the process."""
-
-    ack_wait_s: float = DEFAULT_ACK_WAIT_S
-    steal_after_s: float = DEFAULT_STEAL_AFTER_S
-    max_deliveries: int = DEFAULT_MAX_DELIVERIES
-    max_waiting: int = DEFAULT_MAX_WAITING
-    max_bytes: int = 1 << 30
-    max_pulls: int = 4096
-    max_dead_letters: int = 64
-    max_finished: int = 16_384
-    remember_s: float = 600.0
-
-
-# Events.
-
-
-@dataclass(frozen=True, slots=True)
-class Put:
-    """Answered True if the job was added, False if its id is known. deadline_s: seconds from now."""
-
-    job_id: JobId
-    payload: bytes
-    deadline_s: float | None = None
-    preferred: InstanceId | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pull:
-    """Answered later, by one PullEnded. The caller has checked that the lease lives. pull_id: drawn by the consumer."""
-
-    pull_id: int
-    consumer: InstanceId
-    lease_id: LeaseId
-    max_jobs: int
-    wait_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class AbandonPull:
-    """Its consumer will not see its answer: jobs it got come back, and if it is still waiting, it ends.
-
-    Answered True if that changed anything. A pull that arrives after it was abandoned ends at once.
-    """
-
-    pull_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Extend:
-    job_id: JobId
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ack:
-    job_id: JobId
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Nack:
-    job_id: JobId
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Answered True if the job was waiting."""
-
-    job_id: JobId
-
-
-@dataclass(frozen=True, slots=True)
-class EndLease:
-    """The lease's deliveries come back, its pulls end with NOT_FOUND."""
-
-    lease_id: LeaseId
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed; nothing else."""
-
-
-Event = Put | Pull | AbandonPull | Extend | Ack | Nack | Cancel | EndLease | Tick
-
-
-# Effects. Every event other than Pull, EndLease and Tick has exactly one Answer or Refused.
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    value: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    code: ErrorCode
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class PullEnded:
-    """The one answer of a pull. refused: then there are no deliveries."""
-
-    pull_id: int
-    deliveries: tuple[Delivery, ...] = ()
-    refused: Refused | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Expired:
-    """A job was dropped because its deadline had passed."""
-
-    job_id: JobId
-
-
-@dataclass(frozen=True, slots=True)
-class CameBack:
-    """A delivery ended without an ack and the job waits again."""
-
-    job_id: JobId
-    attempt: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Buried:
-    """The job is a dead letter now."""
-
-    job_id: JobId
-    attempts: int
-    reason: str
-
-
-Effect = Answer | Refused | PullEnded | Expired | CameBack | Buried
 
 
 class _Outcome(StrEnum):
@@ -337,6 +190,8 @@ class JobQueueCore:
         job_id = event.job_id
         if job_id in self._waiting or job_id in self._in_flight or job_id in self._finished:
             return [Answer(False)]
+        if event.deadline_s is not None and not math.isfinite(event.deadline_s):
+            return [Refused(ErrorCode.INVALID_REQUEST, f"job {job_id} has a deadline of {event.deadline_s:g} s")]
         effects: list[Effect] = []
         if self._full(event):
             effects += self._drop_expired(now)
@@ -408,14 +263,21 @@ class JobQueueCore:
     def _pull(self, event: Pull, now: float) -> list[Effect]:
         if event.pull_id in self._abandoned:
             return [PullEnded(event.pull_id)]
-        if event.max_jobs < 1 or event.pull_id in self._pulls:
-            why = "asks for no job" if event.max_jobs < 1 else f"has the id of another, {event.pull_id}"
+        why = self._why_not(event)
+        if why is not None:
             return [PullEnded(event.pull_id, refused=Refused(ErrorCode.INVALID_REQUEST, f"a pull {why}"))]
         if len(self._pulls) >= self._limits.max_pulls:
             refused = Refused(ErrorCode.OVERLOADED, f"{self._limits.max_pulls} pulls wait, which is the queue's bound")
             return [PullEnded(event.pull_id, refused=refused)]
         self._pulls[event.pull_id] = _Waiting(event, now + event.wait_s)
         return []
+
+    def _why_not(self, event: Pull) -> str | None:
+        if event.max_jobs < 1:
+            return "asks for no job"
+        if not 0.0 <= event.wait_s < math.inf:
+            return f"waits for {event.wait_s:g} s"
+        return f"has the id of another, {event.pull_id}" if event.pull_id in self._pulls else None
 
     def _serve(self, now: float) -> list[Effect]:
         if not (self._waiting and self._pulls):

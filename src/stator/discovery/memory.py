@@ -81,6 +81,7 @@ class MemoryKeyStore:
         self._next_watch_id = 1
         self._lease_listeners: list[LeaseListener] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
         self._closed = False
 
     def grant(self, ttl_s: float) -> LeaseId:
@@ -191,16 +192,18 @@ class MemoryKeyStore:
     def _set_timer(self) -> None:
         assert self._core is not None
         deadline = self._core.next_deadline
+        if deadline == self._timer_at:
+            return
         if self._timer is not None:
-            if deadline == self._timer.when():
-                return
             self._timer.cancel()
             self._timer = None
+        self._timer_at = deadline
         if deadline is not None and not self._closed:
             self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
+        self._timer_at = None
         self._handle(core.Tick())
 
 

@@ -15,13 +15,13 @@ be idempotent by job id.
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from stator.core.job_queue import DEFAULT_ACK_WAIT_S as DEFAULT_ACK_WAIT_S
-from stator.core.job_queue import DEFAULT_MAX_DELIVERIES as DEFAULT_MAX_DELIVERIES
-from stator.core.job_queue import DEFAULT_MAX_WAITING as DEFAULT_MAX_WAITING
-from stator.core.job_queue import DEFAULT_STEAL_AFTER_S as DEFAULT_STEAL_AFTER_S
-from stator.core.job_queue import DeadLetter as DeadLetter
-from stator.core.job_queue import Delivery as Delivery
-from stator.core.job_queue import QueueSize as QueueSize
+from stator.core.job_queue_events import DEFAULT_ACK_WAIT_S as DEFAULT_ACK_WAIT_S
+from stator.core.job_queue_events import DEFAULT_MAX_DELIVERIES as DEFAULT_MAX_DELIVERIES
+from stator.core.job_queue_events import DEFAULT_MAX_WAITING as DEFAULT_MAX_WAITING
+from stator.core.job_queue_events import DEFAULT_STEAL_AFTER_S as DEFAULT_STEAL_AFTER_S
+from stator.core.job_queue_events import DeadLetter as DeadLetter
+from stator.core.job_queue_events import Delivery as Delivery
+from stator.core.job_queue_events import QueueSize as QueueSize
 from stator.ids import InstanceId, JobId, LeaseId
 
 

@@ -40,6 +40,7 @@ class MemoryQueue:
         self._size_watches: set[asyncio.Event] = set()
         self._last_size = self._core.size
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
         self._closed = False
         self._unsubscribe = store.on_lease_end(self._lease_ended)
 
@@ -216,14 +217,16 @@ class MemoryQueue:
 
     def _set_timer(self) -> None:
         deadline = self._core.next_deadline
+        if deadline == self._timer_at:
+            return
         if self._timer is not None:
-            if deadline == self._timer.when():
-                return
             self._timer.cancel()
             self._timer = None
+        self._timer_at = deadline
         if deadline is not None:
             self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
+        self._timer_at = None
         self._handle(core.Tick())

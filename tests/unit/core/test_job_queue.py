@@ -139,6 +139,12 @@ def test_the_bytes_of_all_jobs_are_bounded() -> None:
     assert run(queue, 0.0, Put(JobId("b"), b"x" * 5)) == [Answer(True)]
 
 
+def test_a_deadline_is_a_time() -> None:
+    (refused,) = run(JobQueueCore(), 0.0, job("a", deadline_s=float("nan")))
+    assert isinstance(refused, Refused)
+    assert refused.code is ErrorCode.INVALID_REQUEST
+
+
 def test_finished_ids_are_remembered_for_a_while() -> None:
     queue = JobQueueCore(QueueLimits(remember_s=60.0, max_finished=2))
     run(queue, 0.0, job("a"), pull(1), Ack(JobId("a"), 1))
@@ -153,6 +159,9 @@ def test_finished_ids_are_remembered_for_a_while() -> None:
     [
         (pull(1), ErrorCode.INVALID_REQUEST),
         (pull(9, max_jobs=0), ErrorCode.INVALID_REQUEST),
+        (pull(9, wait_s=-1.0), ErrorCode.INVALID_REQUEST),
+        (pull(9, wait_s=float("nan")), ErrorCode.INVALID_REQUEST),
+        (pull(9, wait_s=float("inf")), ErrorCode.INVALID_REQUEST),
         (pull(9), ErrorCode.OVERLOADED),
     ],
 )

@@ -42,16 +42,9 @@ async def put_all(queue: JobQueue, *job_ids: str, preferred: str | None = None) 
         await queue.put(JobId(job_id), job_id.encode(), preferred=None if preferred is None else InstanceId(preferred))
 
 
-async def wait_size(queue: JobQueue, size: QueueSize, timeout_s: float = PATIENCE_S) -> None:
-    async with Reading(queue.watch_size()) as sizes, asyncio.timeout(timeout_s):
-        while await sizes.next(timeout_s) != size:
-            pass
-
-
 async def begin(group: asyncio.TaskGroup, consumer: Consumer, max_jobs: int = 1) -> asyncio.Task[list[Delivery]]:
-    """A pull that is known to wait at the queue: a job of its own went through it before it was sent."""
+    """A pull that has reached the queue: a call made later on the same connection has been answered."""
     task = group.create_task(consumer.pull(max_jobs))
-    # A call made later on the same connection is answered later.
     await asyncio.sleep(0)
     await consumer.queue.size()
     return task
