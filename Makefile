@@ -14,7 +14,7 @@ FIND_LINKS ?=
 .PHONY: demo test check format lint types test-oracle bench-quick
 
 demo: $(VENV)/.installed
-	@exec $(BIN)/stator demo --port $(PORT) $(if $(JOIN),--join $(JOIN))
+	@exec $(BIN)/stator demo --port $(PORT) $(if $(HUB_PORT),--hub-port $(HUB_PORT)) $(if $(JOIN),--join $(JOIN))
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -n 2 tests/unit tests/contract tests/sim

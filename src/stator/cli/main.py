@@ -125,7 +125,11 @@ def demo(
             host=host,
             advertise=advertise,
             hub_port=hub_port,
-            join_lines=(JoinLine("prefill worker", ("stator", "demo")),),
+            join_lines=(
+                JoinLine(
+                    "prefill worker", ("stator", "demo"), "make demo JOIN={head}    (in a clone of the repository)"
+                ),
+            ),
         )
     )
 

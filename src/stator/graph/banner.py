@@ -19,10 +19,11 @@ DEFAULT_NAMESPACE = "stator"
 
 @dataclass(frozen=True, slots=True)
 class JoinLine:
-    """command: without the address. what: the kind of node that it adds."""
+    """command: without the address. what: the kind of node that it adds. otherwise: another way, `{head}` in it."""
 
     what: str
     command: tuple[str, ...]
+    otherwise: str | None = None
 
 
 def component_target(spec: ServiceSpec, directory: Path) -> str:
@@ -60,6 +61,7 @@ def format_join(lines: Sequence[JoinLine], head: tuple[str, int], namespace: str
     text = [
         f"  One more {line.what}, here or on another node:\n"
         f"    {shlex.join([*line.command, '--join', address, *extra])}"
+        + (f"\n    {line.otherwise.format(head=address)}" if line.otherwise else "")
         for line in lines
     ]
     return "\n".join([*text, f"  Another node needs the token: {token_place}"])

@@ -14,7 +14,7 @@ _ANYWHERE = "192.0.2.1"  # RFC 5737: reserved for documentation, so that only th
 def parse_host_port(text: str, default_port: int, option: str) -> tuple[str, int]:
     """`HOST`, `HOST:PORT` or `[V6]:PORT`."""
     host, separator, port = text.rpartition(":")
-    if not separator or (":" in host and not host.startswith("[")):
+    if not separator or text.endswith("]") or (":" in host and not host.startswith("[")):
         host, port = text, str(default_port)
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,8 @@ class _Node:
 
 async def serve(options: ServeOptions) -> ExitCode:
     """Run a node until it is stopped. Raises ConfigError if it cannot start."""
-    setup_logging("stator", options.namespace)
+    # What a hub has to say about its leases is not for the terminal of a node, unless it is asked for.
+    setup_logging("stator", options.namespace, environ={"STATOR_LOG_LEVEL": "WARNING", **os.environ})
     terminal = Terminal()
     try:
         node = _prepare(options, terminal)

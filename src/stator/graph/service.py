@@ -208,7 +208,7 @@ def on_drain(method: F) -> F:
 
 
 def on_stop(method: F) -> F:
-    """Runs last, drained or not, if the service's on_start hooks were begun."""
+    """Runs last, drained or not, if all on_start hooks of the service succeeded."""
     return _hook(method, "stop")
 
 
