@@ -1,0 +1,107 @@
+"""Every example graph serves, and decode workers come and go."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from metrics import parse, total
+from processes import Serve, free_port
+from prompts import PROMPTS
+from reference import Reference
+
+pytestmark = pytest.mark.timeout(240)
+
+CLIENT = Path(__file__).with_name("load_client.py")
+LONG_STORY = [{"role": "user", "content": "Tell me a long story about a fox."}]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+class Head:
+    """A graph on free ports of this machine."""
+
+    def __init__(self, graph: str, state: Path, *overrides: str) -> None:
+        self.port, self.hub_port, self.state = free_port(), free_port(), state
+        own = [f"--Frontend.port={self.port}", "--hub-port", str(self.hub_port), "--advertise", "127.0.0.1"]
+        self.serve = Serve(["serve", f"{graph}:Frontend", "-f", "configs/tiny.yaml", *own, *overrides], state_dir=state)
+        self.serve.wait_for("ready", 90)
+
+    def join(self, target: str, *overrides: str) -> Serve:
+        arguments = ["serve", target, "-f", "configs/tiny.yaml", "--join", f"127.0.0.1:{self.hub_port}", *overrides]
+        joined = Serve(arguments, state_dir=self.state)
+        joined.wait_for("joined", 60)
+        return joined
+
+    def send(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        plan = {
+            "url": f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            "requests": [{"body": {"model": "tiny-llama", "temperature": 0, **body}} for body in bodies],
+        }
+        done = subprocess.run(
+            [sys.executable, str(CLIENT)], input=json.dumps(plan), capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def curl(self, path: str) -> str:
+        url = f"http://127.0.0.1:{self.port}{path}"
+        return subprocess.run(["curl", "-sS", url], capture_output=True, text=True, timeout=20, check=True).stdout
+
+
+@pytest.mark.parametrize("graph", ["graphs.agg", "graphs.agg_router", "graphs.disagg", "graphs.disagg_router"])
+def test_an_example_graph_serves_the_reference_text(graph: str, tmp_path: Path, reference: Reference) -> None:
+    head = Head(graph, tmp_path)
+    try:
+        results = head.send([{"messages": m, "max_tokens": 24, "stream": True} for m in PROMPTS])
+        for result, messages in zip(results, PROMPTS, strict=True):
+            expected = reference.chat(messages, 24)
+            assert result["error"] is None
+            assert (result["text"], result["finish_reason"]) == (expected.text, expected.finish_reason)
+        prefill = json.loads(head.curl("/health"))["models"]["tiny-llama"]["prefill"]
+        assert prefill == ("disagg" in graph)
+    finally:
+        head.serve.stop()
+
+
+def test_a_joined_decode_worker_shares_the_load_and_its_death_costs_no_token(
+    tmp_path: Path, reference: Reference
+) -> None:
+    head = Head("graphs.agg_router", tmp_path)
+    joined = head.join("components.worker:VllmWorker")
+    try:
+        bodies = [{"messages": LONG_STORY, "max_tokens": 500, "stream": True, "ignore_eos": True}] * 8
+        results: list[dict[str, Any]] = []
+        client = threading.Thread(target=lambda: results.extend(head.send(bodies)))
+        client.start()
+        # The stats line comes while it works: requests are in mid-stream.
+        joined.wait_for(r"Running: [1-9]", 60)
+        for process in joined.tree():
+            process.send_signal(signal.SIGKILL)
+        client.join(120)
+        alone = head.send(bodies[:1])[0]
+        assert [r["error"] for r in results] == [None] * 8
+        assert {r["text"] for r in results} == {alone["text"]}
+        assert all(r["done"] and r["finish_reason"] == "length" for r in results)
+    finally:
+        joined.kill_tree()
+        head.serve.stop()
+
+
+def test_workers_of_one_service_run_as_several_processes(tmp_path: Path, reference: Reference) -> None:
+    head = Head("graphs.agg_router", tmp_path, "--VllmWorker.ServiceArgs.workers=2")
+    try:
+        results = head.send([{"messages": PROMPTS[1], "max_tokens": 16}] * 6)
+        assert {r["text"] for r in results} == {reference.chat(PROMPTS[1], 16).text}
+        samples = parse(head.curl("/metrics"))
+        assert len([s for s in samples if s.name == "stator_worker_kv_blocks"]) == 2
+        assert total(samples, "stator_worker_kv_blocks", role="decode") == 2 * 1024
+    finally:
+        head.serve.stop()
