@@ -41,3 +41,13 @@ class TestLocalEngineOnLlama(EngineContract):
     def make_engine(self, settings: EngineSettings) -> Engine:
         args = _args("stator:tiny-llama", self.block_size, settings)
         return LocalEngine(args, runner_factory=numpy_runner, rng=random.Random(1))
+
+
+class _LocalEngineOnDeciLM(TestLocalEngineOnLlama):
+    def make_engine(self, settings: EngineSettings) -> Engine:
+        args = _args("stator:tiny-decilm", self.block_size, settings)
+        return LocalEngine(args, runner_factory=numpy_runner, rng=random.Random(1))
+
+
+def test_blocks_of_a_model_with_unequal_layers_transfer() -> None:
+    _LocalEngineOnDeciLM().test_prefill_transfer_decode_equals_local()

@@ -320,11 +320,14 @@ class Scheduler:
             sequence.phase = Phase.FETCHING
             self._fetching.append(sequence)
         else:
-            sequence.phase = Phase.RUNNING
-            insort(self._running, sequence, key=_line_order)
+            self._set_running(sequence)
 
     def _run_fetching(self, sequence: LiveSequence) -> None:
         self._fetching.remove(sequence)
+        self._set_running(sequence)
+
+    def _set_running(self, sequence: LiveSequence) -> None:
+        # A transfer is used at the first admission or never: later the peer may have been told to release it.
         sequence.num_fetchable = 0
         sequence.phase = Phase.RUNNING
         insort(self._running, sequence, key=_line_order)

@@ -302,9 +302,10 @@ def test_nothing_is_fetched_when_only_the_last_token_is_missing() -> None:
     bench = Bench()
     bench.add("warm", prompt(9), max_tokens=1)
     bench.run()
-    bench.add("x", prompt(9), num_fetchable=9)
+    sequence = bench.add("x", prompt(9), num_fetchable=9)
     plan = bench.step()
     assert (plan.fetches, chunks_of(plan)) == ([], [("x", 8, 1)])
+    assert sequence.num_fetchable == 0, "nor after a preemption, when the peer's blocks may be gone"
 
 
 def test_a_sequence_preempted_after_its_fetch_is_computed_here() -> None:

@@ -25,7 +25,7 @@ from stator.ids import RequestId, TransferId
 from stator.messages.engine import FinishReason
 from stator.runtime.context import CallContext
 from stator.testing.contracts.engine import make_request, with_transfer
-from stator.testing.engine_bench import BenchEngine, BenchHost, RecordingSink, running_engines, until
+from stator.testing.engine_bench import BenchEngine, BenchHost, KvMirror, RecordingSink, running_engines, until
 from stator.testing.fake_runner import FakeRunner
 from stator.transport import Call, Endpoint, Lane, Target, stream
 
@@ -301,6 +301,71 @@ def test_a_transfer_that_goes_wrong_is_computed_here(serve: Serve, caplog: pytes
     with caplog.at_level(logging.WARNING, "stator.engines.local.engine"):
         run(scenario, engine(), engine(transfer_timeout_s=0.2))
     assert sum("computing here" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_runner_that_fails_to_import_costs_the_transfer_only(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(FakeRunner):
+        def import_block(self, block_id: int, data: bytes) -> None:
+            raise RuntimeError("driver")
+
+    async def scenario(one: BenchEngine, two: BenchEngine) -> None:
+        request = make_request("a", PROMPT)
+        result = await one.prefill(request)
+        decoded = await two.generate(with_transfer(request, result.transfer)).wait()
+        assert (decoded.token_ids, decoded.num_transferred) == (await expected(), 0)
+        await one.until_idle()
+
+    run(scenario, engine(), engine(Failing(block_size=SIZE)))
+    assert "importing KV blocks for request a failed" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_storm_of_everything_leaves_right_texts_and_no_blocks(seed: int) -> None:
+    """Prefills, transfers, aborts and releases at random moments, on engines that hold a fraction of the load."""
+    rng = random.Random(seed)
+    prompts = [rng.choices(range(10, 900), k=rng.randint(1, 30)) for _ in range(6)]
+
+    async def one_request(
+        name: str, one: BenchEngine, two: BenchEngine, texts: dict[str, tuple[int, list[int]]]
+    ) -> None:
+        index = rng.randrange(len(prompts))
+        request = make_request(name, prompts[index])
+        for _ in range(rng.randrange(20)):
+            await asyncio.sleep(0)
+        if rng.random() < 0.7:
+            result = await one.prefill(request)
+            request = with_transfer(request, result.transfer)
+            if rng.random() < 0.2:
+                one.engine.release(TransferId(result.transfer["transfer_id"]))
+        sink = two.generate(request)
+        if rng.random() < 0.4:
+            for _ in range(rng.randrange(60)):
+                await asyncio.sleep(0)
+            two.engine.abort(request.request_id)
+        await asyncio.wait_for(sink.ended.wait(), 20)
+        if sink.error is None:
+            texts[name] = (index, sink.token_ids)
+        else:
+            assert sink.error.code is ErrorCode.CANCELLED
+
+    async def scenario(one: BenchEngine, two: BenchEngine) -> None:
+        mirrors = [KvMirror(), KvMirror()]
+        for bench, mirror in zip((one, two), mirrors, strict=True):
+            bench.engine.watch_kv(mirror)
+        texts: dict[str, tuple[int, list[int]]] = {}
+        await asyncio.gather(*[one_request(str(n), one, two, texts) for n in range(40)])
+        alone = [await expected(prompt) for prompt in prompts]
+        assert texts
+        assert {name: alone[index] for name, (index, _) in texts.items()} == {n: text for n, (_, text) in texts.items()}
+        assert two.engine.load().prompt_tokens_transferred_total > 0
+        for bench, mirror in zip((one, two), mirrors, strict=True):
+            await bench.until_idle()
+            late = KvMirror()
+            bench.engine.watch_kv(late)
+            assert late.hashes == mirror.hashes
+
+    small = [FakeRunner(block_size=SIZE, num_blocks=24) for _ in range(2)]
+    run(scenario, *[engine(runner, max_num_seqs=6, max_num_batched_tokens=16) for runner in small])
 
 
 def test_a_release_amid_a_fetch_frees_the_blocks_after_it() -> None:

@@ -299,6 +299,10 @@ class LocalEngine:
         except StatorError as error:
             self._count_transfer_failure(sequence.request_id, error.message)
             self._scheduler.fetch_failed(sequence)
+        except Exception:
+            logger.exception("importing KV blocks for request %s failed", sequence.request_id)
+            self._count_transfer_failure(sequence.request_id, "they could not be imported")
+            self._scheduler.fetch_failed(sequence)
         else:
             stream.num_peer_cached = transfer.num_cached_tokens
             self._scheduler.fetched(sequence)

@@ -497,10 +497,10 @@ class EngineContract:
 
     def test_stop_ends_every_stream_and_leaves_nothing(self) -> None:
         async def scenario(one: BenchEngine, two: BenchEngine) -> None:
+            held = await one.prefill(make_request("h", self.prompt(5)))
             request = make_request("d", self.prompt(5), max_tokens=8 * self.block_size)
             decoding = two.generate(request)
             waiting = two.generate(make_request("w", self.prompt(5, 2)))
-            held = await one.prefill(make_request("h", self.prompt(5)))
             await asyncio.wait_for(decoding.started.wait(), SCENARIO_S)
             await asyncio.gather(two.engine.stop(), two.engine.stop())
             await two.engine.stop()
