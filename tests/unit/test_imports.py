@@ -1,6 +1,7 @@
 """Imports point inward, and nothing unpickles. Read from the source, so that an import inside a function counts too."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +19,14 @@ def python_files(*directories: Path) -> list[Path]:
     return sorted(path for directory in directories for path in directory.rglob("*.py"))
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
 def imports(path: Path) -> Iterator[tuple[str, int]]:
     """Every imported module by its full name, `from a import b` as `a.b`, with the line."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -113,12 +119,12 @@ def test_the_product_does_not_import_its_test_tools() -> None:
     assert found == []
 
 
-def unsafe_calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def unsafe_calls(module: ast.Module) -> Iterator[tuple[str, int]]:
     loaders = {("yaml", "load"), ("yaml", "unsafe_load"), ("torch", "load")}
-    for node in ast.walk(tree):
+    for node in ast.walk(module):
         match node:
-            case ast.Attribute(value=ast.Name(id=module), attr=name) if (module, name) in loaders:
-                yield f"{module}.{name}", node.lineno
+            case ast.Attribute(value=ast.Name(id=owner), attr=name) if (owner, name) in loaders:
+                yield f"{owner}.{name}", node.lineno
             case ast.keyword(arg="allow_pickle", value=value) if not (
                 isinstance(value, ast.Constant) and value.value is False
             ):
@@ -131,8 +137,7 @@ def test_nothing_unpickles_or_loads_unsafe_yaml() -> None:
     found: list[str] = []
     for path in python_files(*(ROOT / name for name in ("src", "examples", "tests", "benchmarks", "tools"))):
         found += [f"{path}:{line}: {module}" for module, line in imports(path) if module.split(".")[0] in UNSAFE]
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found += [f"{path}:{line}: {what}" for what, line in unsafe_calls(tree)]
+        found += [f"{path}:{line}: {what}" for what, line in unsafe_calls(tree(path))]
     assert found == []
 
 
