@@ -6,7 +6,8 @@ from stator.engines.base import Engine
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.engine import LocalEngine
 from stator.engines.local.load import numpy_runner
-from stator.testing.contracts.engine import EngineContract, EngineSettings
+from stator.testing.contracts.engine import EngineContract
+from stator.testing.contracts.engine_suite import EngineSettings
 from stator.testing.fake_runner import fake_runner
 
 

@@ -24,7 +24,7 @@ from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import FinishReason
 from stator.runtime.context import CallContext
-from stator.testing.contracts.engine import make_request, with_transfer
+from stator.testing.contracts.engine_suite import make_request, with_transfer
 from stator.testing.engine_bench import BenchEngine, BenchHost, KvMirror, RecordingSink, running_engines, until
 from stator.testing.fake_runner import FakeRunner
 from stator.transport import Call, Endpoint, Lane, Target, stream

@@ -1,0 +1,79 @@
+"""What the engine contract's parts share: how a scenario gets its engines and makes its requests."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from stator.engines.base import Engine
+from stator.ids import RequestId
+from stator.messages.engine import EngineRequest, SamplingParams
+from stator.messages.tokens import EMPTY, pack
+from stator.testing.engine_bench import BenchEngine, running_engines
+
+SCENARIO_S = 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What a scenario needs of an engine. transfer_hold_s: as TRANSFER_HOLD_S."""
+
+    num_blocks: int = 64
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 32
+    transfer_hold_s: float = 30.0
+
+
+def make_request(
+    name: str, prompt: list[int], resume: list[int] | None = None, *, salt: str | None = None, **sampling: Any
+) -> EngineRequest:
+    """Greedy, 12 tokens, eos ignored, unless said otherwise."""
+    fields: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True, **sampling}
+    params = SamplingParams(**fields)
+    resume_ids = pack(resume) if resume else EMPTY
+    return EngineRequest(RequestId(name), pack(prompt), params, resume_ids=resume_ids, cache_salt=salt)
+
+
+def with_transfer(request: EngineRequest, transfer: dict[str, Any], name: str | None = None) -> EngineRequest:
+    # As it comes out of a message.
+    transfer = msgspec.msgpack.decode(msgspec.msgpack.encode(transfer))
+    return msgspec.structs.replace(request, transfer=transfer, request_id=RequestId(name or request.request_id))
+
+
+Scenario = Callable[[BenchEngine, BenchEngine], Awaitable[None]]
+
+
+class EngineSuite:
+    """block_size: of the engines that make_engine makes. vocab_size: prompts are drawn from 4 to there.
+
+    tcp: whether the engines reach each other over sockets.
+    """
+
+    block_size: int
+    vocab_size: int
+    tcp: bool = False
+
+    def make_engine(self, settings: EngineSettings) -> Engine:
+        """An engine with exactly that many blocks, prefix caching, and a context of at least 24 blocks of tokens."""
+        raise NotImplementedError
+
+    def prompt(self, num_tokens: int, seed: int = 0) -> list[int]:
+        return random.Random(seed).choices(range(4, self.vocab_size), k=num_tokens)
+
+    def run(self, scenario: Scenario, settings: EngineSettings | None = None) -> None:
+        """Run a scenario on two engines that reach each other; afterwards neither may use a block."""
+        chosen = settings or EngineSettings()
+
+        async def main() -> None:
+            async with running_engines(self.make_engine(chosen), self.make_engine(chosen), tcp=self.tcp) as (one, two):
+                await scenario(one, two)
+                await one.until_idle()
+                await two.until_idle()
+
+        async def bounded() -> None:
+            await asyncio.wait_for(main(), SCENARIO_S)
+
+        asyncio.run(bounded())
