@@ -6,7 +6,7 @@ The built-in token path does not use them; everything that is not per token may.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from inspect import isasyncgenfunction
 from typing import Any
 
@@ -109,7 +109,7 @@ class _Reader:
 
 async def stream(
     client: TransportClient, target: Target, request: Any, *, context: CallContext, item_type: Any = Any
-) -> AsyncIterator[list[Any]]:
+) -> AsyncGenerator[list[Any], None]:
     """Lists of items as they come; raises the StatorError that the stream ended with.
 
     A reader that is slow pauses the sender. Leaving the loop early cancels the call: at once under

@@ -135,14 +135,14 @@ async def a_deadline_ends_both_sides(carrier: Carrier) -> None:
         handle.cancel()
         assert await warm.code() == ErrorCode.CANCELLED
         await held.cancelled()
-        sink, _ = open_on(client, server, seconds=0.05)
+        sink, _ = open_on(client, server, seconds=0.3)
         call = await held.called(2)
         assert await sink.code() == ErrorCode.DEADLINE
         await held.cancelled(2)
         assert call.cancelled
         late, _ = open_on(client, server, seconds=-1.0)
         assert await late.code() == ErrorCode.DEADLINE
-        paused, handle = open_on(client, server, seconds=0.05)
+        paused, handle = open_on(client, server, seconds=0.3)
         handle.pause()
         (await held.called(3)).items([1])
         assert await paused.code() == ErrorCode.DEADLINE
