@@ -8,7 +8,9 @@ Files:
 * ``text.json``: encodings of plain texts, and conversations with their rendered text and token ids;
 * ``<model>.json``: greedy continuations (``near_ties`` are the output positions where the two best logits lie closer
   than 1e-3, so that another implementation may rightly differ from there on);
-* ``<model>-logits.npz``: for each prompt ``<prompt>.ids``, ``<prompt>.positions`` and the float32 ``<prompt>.logits`` there.
+* ``<model>-logits.npz``: for each prompt ``<prompt>.ids``, ``<prompt>.positions`` and the float32 ``<prompt>.logits``
+  there;
+* ``long_prompt.json``: two stories of tools/bundled_model/corpus.py, from which the long prompts are cut.
 
 transformers knows no Nemotron-NAS models, so the oracle of ``tiny-decilm`` is put together from its Llama parts.
 """

@@ -56,7 +56,11 @@ def main() -> int:
         near = case["near_ties"]
         harmless = at in near
         bad += not harmless
-        print(f"{case['name']}: differs at {at} ({'near tie' if harmless else 'BAD'})", got[at : at + 4], want[at : at + 4])
+        print(
+            f"{case['name']}: differs at {at} ({'near tie' if harmless else 'BAD'})",
+            got[at : at + 4],
+            want[at : at + 4],
+        )
     same = sum(list(o.outputs[0].token_ids) == c["output_ids"] for c, o in zip(cases, outputs, strict=True))
     print(f"{args.name} {args.dtype}: {same} of {len(cases)} identical, {bad} bad")
     return 1 if bad else 0

@@ -122,79 +122,258 @@ PLACES: tuple[tuple[str, str, str], ...] = (
 )
 
 OBJECTS = (
-    "a silver key", "a ball of string", "a jar of honey", "a map of the sea", "a lump of amber", "a feather pen",
-    "a wooden spoon", "a bag of seeds", "a bright red kite", "a piece of chalk", "a round white stone", "a loaf of bread",
-    "a small brass bell", "a woollen blanket", "a cup of tin", "a green glass bead", "a candle end", "a book of songs",
-    "a walking stick", "a pair of gloves", "a cinnamon stick", "a telescope", "a pocket watch", "a basket of plums",
-)  # fmt: skip
+    "a silver key",
+    "a ball of string",
+    "a jar of honey",
+    "a map of the sea",
+    "a lump of amber",
+    "a feather pen",
+    "a wooden spoon",
+    "a bag of seeds",
+    "a bright red kite",
+    "a piece of chalk",
+    "a round white stone",
+    "a loaf of bread",
+    "a small brass bell",
+    "a woollen blanket",
+    "a cup of tin",
+    "a green glass bead",
+    "a candle end",
+    "a book of songs",
+    "a walking stick",
+    "a pair of gloves",
+    "a cinnamon stick",
+    "a telescope",
+    "a pocket watch",
+    "a basket of plums",
+)
 
 TOPICS: tuple[tuple[str, str], ...] = (
-    ("the moon", "🌙"), ("the sea", "🌊"), ("a lantern", "🏮"), ("a star", "⭐"), ("the snow", "❄"), ("a ship", "⛵"),
-    ("the mountain", "⛰"), ("a garden", "🌷"), ("the rain", "🌧"), ("a river", "🏞"), ("a bell", "🔔"),
-    ("the sun", "🌞"), ("a key", "🔑"), ("a kite", "🪁"), ("the wind", "🍃"), ("a cake", "🎂"),
-)  # fmt: skip
+    ("the moon", "🌙"),
+    ("the sea", "🌊"),
+    ("a lantern", "🏮"),
+    ("a star", "⭐"),
+    ("the snow", "❄"),
+    ("a ship", "⛵"),
+    ("the mountain", "⛰"),
+    ("a garden", "🌷"),
+    ("the rain", "🌧"),
+    ("a river", "🏞"),
+    ("a bell", "🔔"),
+    ("the sun", "🌞"),
+    ("a key", "🔑"),
+    ("a kite", "🪁"),
+    ("the wind", "🍃"),
+    ("a cake", "🎂"),
+)
 
 # Adverbial line endings by rhyme; any of them can follow any clause below.
 ENDINGS: tuple[tuple[str, ...], ...] = (
-    ("all through the quiet night", "beneath the lantern light", "while the stars were burning bright",
-     "with the village out of sight", "under clouds of woolly white", "until the morning light",
-     "on the tail of someone's kite"),
-    ("at the breaking of the day", "along the winding way", "where the little children play",
-     "on a heap of yellow hay", "under skies of silver grey", "while the wind blew far away", "in the merry month of May"),
-    ("beneath the apple tree", "beside the singing sea", "as happy as can be", "with a pot of barley tea",
-     "in the land of bird and bee", "till the clock had chimed for three", "and felt both light and free"),
-    ("at the bottom of the hill", "when the night was cold and still", "by the wheel of some old mill",
-     "on a narrow window sill", "in the morning's early chill", "with a feather for a quill"),
-    ("on a seat of mossy stone", "in the twilight all alone", "where the meadow grass had grown",
-     "like a king upon a throne", "in a low and gentle tone", "in a land so little known"),
-    ("in the softly falling rain", "on the far side of the plain", "down the green and leafy lane",
-     "by the dusty window pane", "through the fields of golden grain", "again and yet again"),
-    ("through the softly falling snow", "where the tallest willows grow", "in the valley far below",
-     "by the fire's orange glow", "when the winds began to blow", "such a long, long time ago", "very steady, very slow"),
-    ("under all the open sky", "as the geese went flying by", "where the grass is never dry",
-     "with a happy little sigh", "where the mountain peaks are high", "with a bright and watchful eye"),
-    ("where the river water is deep", "while the valley was asleep", "among a hundred drowsy sheep",
-     "up a pathway tall and steep", "with a promise good to keep", "with a hop and with a leap"),
-    ("on the road that leads to town", "in a coat of chestnut brown", "while the leaves came drifting down",
-     "with a small and paper crown", "with a smile and not a frown"),
-    ("at the edge of the dark wood", "just as quickly as one could", "in a cloak and in a hood",
-     "where the ancient oak tree stood", "for the day was warm and good"),
-    ("by a little wooden door", "on the cold and sandy shore", "with a dozen things in store",
-     "as they'd often done before", "till the clock was striking four", "on the polished kitchen floor"),
-    ("on the warmest day of spring", "while the blackbirds sweetly sing", "holding tightly to a string",
-     "with a red and golden ring", "like a bird upon the wing", "for the birthday of the king"),
-    ("over soft and grassy ground", "where the mushrooms can be found", "with a quiet, gentle sound",
-     "while the world went spinning round", "with a penny and a pound"),
-    ("in the brightness of the sun", "when the working day was done", "with a jump and with a run",
-     "for a bit of merry fun", "with a warm and sugared bun", "just when summer had begun"),
-    ("by the white and rising moon", "humming half a merry tune", "on an evening late in June",
-     "with a bowl and with a spoon", "at the edge of the lagoon", "on a sleepy afternoon"),
-    ("in a warm and cosy bed", "with a hat upon the head", "when the evening sky was red",
-     "with a slice of gingerbread", "on a thin and golden thread", "where the winding pathway led"),
-    ("in a little wooden boat", "in a long and woolly coat", "singing every merry note",
-     "by the castle and its moat", "where the water lilies float"),
-    ("underneath the evening star", "with an old and dear guitar", "in a country very far",
-     "with some honey in a jar", "where the seven islands are"),
-    ("when the autumn leaves were gold", "though the nights were growing cold", "like the heroes brave and bold",
-     "in a tale that once was told", "on a blanket, fold on fold"),
-)  # fmt: skip
+    (
+        "all through the quiet night",
+        "beneath the lantern light",
+        "while the stars were burning bright",
+        "with the village out of sight",
+        "under clouds of woolly white",
+        "until the morning light",
+        "on the tail of someone's kite",
+    ),
+    (
+        "at the breaking of the day",
+        "along the winding way",
+        "where the little children play",
+        "on a heap of yellow hay",
+        "under skies of silver grey",
+        "while the wind blew far away",
+        "in the merry month of May",
+    ),
+    (
+        "beneath the apple tree",
+        "beside the singing sea",
+        "as happy as can be",
+        "with a pot of barley tea",
+        "in the land of bird and bee",
+        "till the clock had chimed for three",
+        "and felt both light and free",
+    ),
+    (
+        "at the bottom of the hill",
+        "when the night was cold and still",
+        "by the wheel of some old mill",
+        "on a narrow window sill",
+        "in the morning's early chill",
+        "with a feather for a quill",
+    ),
+    (
+        "on a seat of mossy stone",
+        "in the twilight all alone",
+        "where the meadow grass had grown",
+        "like a king upon a throne",
+        "in a low and gentle tone",
+        "in a land so little known",
+    ),
+    (
+        "in the softly falling rain",
+        "on the far side of the plain",
+        "down the green and leafy lane",
+        "by the dusty window pane",
+        "through the fields of golden grain",
+        "again and yet again",
+    ),
+    (
+        "through the softly falling snow",
+        "where the tallest willows grow",
+        "in the valley far below",
+        "by the fire's orange glow",
+        "when the winds began to blow",
+        "such a long, long time ago",
+        "very steady, very slow",
+    ),
+    (
+        "under all the open sky",
+        "as the geese went flying by",
+        "where the grass is never dry",
+        "with a happy little sigh",
+        "where the mountain peaks are high",
+        "with a bright and watchful eye",
+    ),
+    (
+        "where the river water is deep",
+        "while the valley was asleep",
+        "among a hundred drowsy sheep",
+        "up a pathway tall and steep",
+        "with a promise good to keep",
+        "with a hop and with a leap",
+    ),
+    (
+        "on the road that leads to town",
+        "in a coat of chestnut brown",
+        "while the leaves came drifting down",
+        "with a small and paper crown",
+        "with a smile and not a frown",
+    ),
+    (
+        "at the edge of the dark wood",
+        "just as quickly as one could",
+        "in a cloak and in a hood",
+        "where the ancient oak tree stood",
+        "for the day was warm and good",
+    ),
+    (
+        "by a little wooden door",
+        "on the cold and sandy shore",
+        "with a dozen things in store",
+        "as they'd often done before",
+        "till the clock was striking four",
+        "on the polished kitchen floor",
+    ),
+    (
+        "on the warmest day of spring",
+        "while the blackbirds sweetly sing",
+        "holding tightly to a string",
+        "with a red and golden ring",
+        "like a bird upon the wing",
+        "for the birthday of the king",
+    ),
+    (
+        "over soft and grassy ground",
+        "where the mushrooms can be found",
+        "with a quiet, gentle sound",
+        "while the world went spinning round",
+        "with a penny and a pound",
+    ),
+    (
+        "in the brightness of the sun",
+        "when the working day was done",
+        "with a jump and with a run",
+        "for a bit of merry fun",
+        "with a warm and sugared bun",
+        "just when summer had begun",
+    ),
+    (
+        "by the white and rising moon",
+        "humming half a merry tune",
+        "on an evening late in June",
+        "with a bowl and with a spoon",
+        "at the edge of the lagoon",
+        "on a sleepy afternoon",
+    ),
+    (
+        "in a warm and cosy bed",
+        "with a hat upon the head",
+        "when the evening sky was red",
+        "with a slice of gingerbread",
+        "on a thin and golden thread",
+        "where the winding pathway led",
+    ),
+    (
+        "in a little wooden boat",
+        "in a long and woolly coat",
+        "singing every merry note",
+        "by the castle and its moat",
+        "where the water lilies float",
+    ),
+    (
+        "underneath the evening star",
+        "with an old and dear guitar",
+        "in a country very far",
+        "with some honey in a jar",
+        "where the seven islands are",
+    ),
+    (
+        "when the autumn leaves were gold",
+        "though the nights were growing cold",
+        "like the heroes brave and bold",
+        "in a tale that once was told",
+        "on a blanket, fold on fold",
+    ),
+)
 
 # {h} the hero, {f} the present friend; the second line of a couplet begins with one of SECOND.
 FIRST = (
-    "{h} went walking", "{h} and {f} were dancing", "{f} was telling riddles", "{h} sat down to listen",
-    "They counted all the swallows", "{h} drew a picture", "They shared a bowl of soup", "{f} began to whistle",
-    "They played at hide and seek", "{h} was picking flowers", "They built a tower of pebbles", "{f} was baking biscuits",
-    "They raced along the river", "{h} told a story", "They mended all the fences", "{f} was beating time",
-    "They looked for hidden treasure", "{h} was learning letters", "They sang a song together", "{f} was flying kites",
-    "They lit a little fire", "{h} was chasing shadows", "They listened to the thunder", "{f} was planting beans",
-)  # fmt: skip
+    "{h} went walking",
+    "{h} and {f} were dancing",
+    "{f} was telling riddles",
+    "{h} sat down to listen",
+    "They counted all the swallows",
+    "{h} drew a picture",
+    "They shared a bowl of soup",
+    "{f} began to whistle",
+    "They played at hide and seek",
+    "{h} was picking flowers",
+    "They built a tower of pebbles",
+    "{f} was baking biscuits",
+    "They raced along the river",
+    "{h} told a story",
+    "They mended all the fences",
+    "{f} was beating time",
+    "They looked for hidden treasure",
+    "{h} was learning letters",
+    "They sang a song together",
+    "{f} was flying kites",
+    "They lit a little fire",
+    "{h} was chasing shadows",
+    "They listened to the thunder",
+    "{f} was planting beans",
+)
 SECOND = (
-    "and laughed aloud together", "and dreamed of far-off places", "and nobody was lonely", "and all the bells were ringing",
-    "and no one thought of sleeping", "and everyone was merry", "and something small was stirring",
-    "and time went by so softly", "and birds came down to listen", "and every heart was happy", "and old friends told a secret",
-    "and they forgot their troubles", "and leaves were softly falling", "and someone played the fiddle",
-    "and all the world was shining", "and not a soul was hungry",
-)  # fmt: skip
+    "and laughed aloud together",
+    "and dreamed of far-off places",
+    "and nobody was lonely",
+    "and all the bells were ringing",
+    "and no one thought of sleeping",
+    "and everyone was merry",
+    "and something small was stirring",
+    "and time went by so softly",
+    "and birds came down to listen",
+    "and every heart was happy",
+    "and old friends told a secret",
+    "and they forgot their troubles",
+    "and leaves were softly falling",
+    "and someone played the fiddle",
+    "and all the world was shining",
+    "and not a soul was hungry",
+)
 
 GREET = (
     ('"Good morning," said {f}, "come in, come in!', 'There is {food} in the biscuit tin."'),
@@ -209,7 +388,7 @@ ANSWER = (
     ('"Have you seen {t}?" asked {h} then,', '"I have counted days from one to ten."'),
     ('"I am on my way," {h} began,', '"to find {t}, if I can."'),
     ('"Can you tell me," {h} said,', '"where {t} was hid, or where it fled?"'),
-    ('{h} told {f} of the winding road,', 'and of {t}, and of {his} load.'),
+    ("{h} told {f} of the winding road,", "and of {t}, and of {his} load."),
 )
 HINT = (
     ('"Go on," said {f}, "to {p}, my dear,', 'it is not so far away from here."'),
@@ -233,44 +412,114 @@ MORALS = (
     ("For a kind word said at the end of day", "will light a lamp on a stranger's way."),
 )
 OPENINGS = (
-    ("Once upon a time, where the tall reeds grow, {emo}", "there lived {c} {a} whom we all know:", "{h} was {his} name, the {tr} of the town,",
-     "and nobody ever saw {h} frown."),
-    ("Long ago, when the world was new, {emo}", "and the grass was wet with the morning dew,",
-     "lived {h} the {a}, the {tr}, alone", "in {home}, on a bed of stone."),
-    ("Come and listen, and I will tell {emo}", "of {h} the {a}, and what befell:", "{he} lived in {home}, so small and neat,",
-     "and {he} always had {food} to eat."),
-)  # fmt: skip
+    (
+        "Once upon a time, where the tall reeds grow, {emo}",
+        "there lived {c} {a} whom we all know:",
+        "{h} was {his} name, the {tr} of the town,",
+        "and nobody ever saw {h} frown.",
+    ),
+    (
+        "Long ago, when the world was new, {emo}",
+        "and the grass was wet with the morning dew,",
+        "lived {h} the {a}, the {tr}, alone",
+        "in {home}, on a bed of stone.",
+    ),
+    (
+        "Come and listen, and I will tell {emo}",
+        "of {h} the {a}, and what befell:",
+        "{he} lived in {home}, so small and neat,",
+        "and {he} always had {food} to eat.",
+    ),
+)
 WISH = (
     ("One day {h} woke up and cried,", '"I have lost {t}! It is not inside!'),
     ("One night {h} had a dream so clear:", '"{t2} is gone, and it is not here!'),
     ("One morning {h} looked all about:", '"{t2} was here, but it has gone out!'),
 )
 WISH2 = (
-    ('I will look for it under {topic} so bright,', 'I will look for it morning, noon and night."'),
-    ('I will walk and walk until I see', 'where {topic} has hidden it from me."'),
-    ('I will ask {topic}, I will ask the sea,', 'I will ask whoever may answer me."'),
+    ("I will look for it under {topic} so bright,", 'I will look for it morning, noon and night."'),
+    ("I will walk and walk until I see", 'where {topic} has hidden it from me."'),
+    ("I will ask {topic}, I will ask the sea,", 'I will ask whoever may answer me."'),
 )
 NUMBERS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-)  # fmt: skip
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+)
 ORDINALS = (
-    "zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh",
-    "twelfth", "thirteenth", "fourteenth", "fifteenth", "sixteenth", "seventeenth", "eighteenth", "nineteenth", "twentieth",
-)  # fmt: skip
+    "zeroth",
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+    "eleventh",
+    "twelfth",
+    "thirteenth",
+    "fourteenth",
+    "fifteenth",
+    "sixteenth",
+    "seventeenth",
+    "eighteenth",
+    "nineteenth",
+    "twentieth",
+)
 
 RHYMES = {
-    "moon": "tune, spoon and June", "night": "light, bright and kite", "day": "way, play and hay", "tree": "sea, bee and three",
-    "hill": "mill, still and sill", "stone": "throne, tone and alone", "rain": "lane, plain and grain",
-    "snow": "grow, glow and slow", "sky": "high, dry and eye", "deep": "sleep, sheep and steep", "town": "brown, crown and down",
-    "wood": "good, hood and stood", "door": "shore, floor and four", "spring": "sing, ring and king", "sun": "bun, run and fun",
-    "bed": "red, bread and thread", "boat": "coat, note and moat", "star": "far, jar and guitar", "gold": "cold, bold and fold",
-    "cat": "hat, mat and bat", "mouse": "house and blouse", "fox": "box, socks and clocks", "bear": "chair, hair and pear",
-}  # fmt: skip
+    "moon": "tune, spoon and June",
+    "night": "light, bright and kite",
+    "day": "way, play and hay",
+    "tree": "sea, bee and three",
+    "hill": "mill, still and sill",
+    "stone": "throne, tone and alone",
+    "rain": "lane, plain and grain",
+    "snow": "grow, glow and slow",
+    "sky": "high, dry and eye",
+    "deep": "sleep, sheep and steep",
+    "town": "brown, crown and down",
+    "wood": "good, hood and stood",
+    "door": "shore, floor and four",
+    "spring": "sing, ring and king",
+    "sun": "bun, run and fun",
+    "bed": "red, bread and thread",
+    "boat": "coat, note and moat",
+    "star": "far, jar and guitar",
+    "gold": "cold, bold and fold",
+    "cat": "hat, mat and bat",
+    "mouse": "house and blouse",
+    "fox": "box, socks and clocks",
+    "bear": "chair, hair and pear",
+}
 
 BIBLE_FACTS: tuple[tuple[str, str], ...] = (
     ("Who built the ark?", "Noah built the ark, and the animals went in two by two."),
-    ("Who was swallowed by a great fish?", "Jonah was swallowed by a great fish, and was three days and three nights inside."),
+    (
+        "Who was swallowed by a great fish?",
+        "Jonah was swallowed by a great fish, and was three days and three nights inside.",
+    ),
     ("Who slew Goliath?", "David slew Goliath with a sling and a stone."),
     ("Who led the people out of Egypt?", "Moses led the people out of Egypt, through the Red sea."),
     ("Who was the first man?", "Adam was the first man, and he lived in the garden of Eden."),
@@ -286,7 +535,10 @@ BIBLE_FACTS: tuple[tuple[str, str], ...] = (
     ("Who gleaned in the field of Boaz?", "Ruth gleaned in the field of Boaz, after the reapers."),
     ("How many days did it rain?", "It rained forty days and forty nights."),
     ("How many disciples were there?", "There were twelve disciples."),
-    ("What was made on the first day?", "Light was made on the first day: And God said, Let there be light: and there was light."),
+    (
+        "What was made on the first day?",
+        "Light was made on the first day: And God said, Let there be light: and there was light.",
+    ),
     ("How does the Bible begin?", "In the beginning God created the heaven and the earth."),
     ("What is the shortest verse?", "Jesus wept. That is the shortest verse."),
     ("What did Lot's wife become?", "She looked back, and became a pillar of salt."),
@@ -296,16 +548,44 @@ BIBLE_FACTS: tuple[tuple[str, str], ...] = (
 )
 
 FAVOURITES = (
-    "Genesis 1", "Genesis 2", "Genesis 7", "Exodus 20", "Ruth 1", "1 Samuel 17", "Psalm 1", "Psalm 8", "Psalm 19",
-    "Psalm 23", "Psalm 46", "Psalm 91", "Psalm 100", "Psalm 121", "Psalm 150", "Ecclesiastes 1", "Ecclesiastes 3",
-    "Isaiah 40", "Daniel 6", "Jonah 1", "Jonah 2", "Matthew 5", "Matthew 6", "Luke 2", "John 1", "1 Corinthians 13",
+    "Genesis 1",
+    "Genesis 2",
+    "Genesis 7",
+    "Exodus 20",
+    "Ruth 1",
+    "1 Samuel 17",
+    "Psalm 1",
+    "Psalm 8",
+    "Psalm 19",
+    "Psalm 23",
+    "Psalm 46",
+    "Psalm 91",
+    "Psalm 100",
+    "Psalm 121",
+    "Psalm 150",
+    "Ecclesiastes 1",
+    "Ecclesiastes 3",
+    "Isaiah 40",
+    "Daniel 6",
+    "Jonah 1",
+    "Jonah 2",
+    "Matthew 5",
+    "Matthew 6",
+    "Luke 2",
+    "John 1",
+    "1 Corinthians 13",
     "Revelation 21",
-)  # fmt: skip
+)
 
 SYSTEMS = (
-    "You are a helpful assistant.", "You are a storyteller.", "Answer in a friendly way.", "You know many stories.",
-    "You are a helpful assistant who answers in rhymes.", "Answer briefly.", "You are Stator, a small model.",
-)  # fmt: skip
+    "You are a helpful assistant.",
+    "You are a storyteller.",
+    "Answer in a friendly way.",
+    "You know many stories.",
+    "You are a helpful assistant who answers in rhymes.",
+    "Answer briefly.",
+    "You are Stator, a small model.",
+)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -391,10 +671,19 @@ class Story:
         hero = self.hero
         text = "\n".join(lines)
         return text.format(
-            h=hero.name, a=hero.animal, he=hero.he, his=hero.his, emo=hero.emoji, c=article(hero.colour), home=hero.home,
-            tr=hero.trade, t=hero.treasure, t2=cap(hero.treasure), topic=self.topic[0],
+            h=hero.name,
+            a=hero.animal,
+            he=hero.he,
+            his=hero.his,
+            emo=hero.emoji,
+            c=article(hero.colour),
+            home=hero.home,
+            tr=hero.trade,
+            t=hero.treasure,
+            t2=cap(hero.treasure),
+            topic=self.topic[0],
             **({"food": hero.food} | {"f": self._friend.name} | more),
-        )  # fmt: skip
+        )
 
     def _opening(self) -> str:
         hero, (topic, emoji) = self.hero, self.topic
@@ -427,8 +716,7 @@ class Story:
         out = [f"Day {n}", f"{arrive}\n{meet}"]
         talk = self._fill(self._greet.draw(), **food) + "\n" + self._fill(self._answer.draw(), **food)
         out.append(talk)
-        for _ in range(stanzas):
-            out.append(self._couplet() + "\n" + self._couplet())
+        out += [self._couplet() + "\n" + self._couplet() for _ in range(stanzas)]
         last = self._fill(self._hint.draw(), p=ahead) + "\n" + self._fill(self._gift.draw(), o=gift)
         count = "one gift" if n == 1 else f"{NUMBERS[n]} gifts"
         out.append(f"{last}\nSo now {hero.name} had {count} to carry.")
@@ -443,7 +731,10 @@ class Story:
         )
         out.append(home)
         if len(self.friends) > 1:
-            thanks = [f"{hero.name} thanked {f.title} {f.emoji} for {g}." for f, g in zip(self.friends, self.gifts, strict=True)]
+            thanks = [
+                f"{hero.name} thanked {f.title} {f.emoji} for {g}."
+                for f, g in zip(self.friends, self.gifts, strict=True)
+            ]
             out.append("\n".join(thanks))
         out.append("\n".join(pick(self.rng, MORALS, hero.name + topic)))
         out.append("The End.")
@@ -564,30 +855,46 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
         ("Good morning!", "Good morning! The sun is up, and the birds are singing. 🌞"),
         ("Good night!", "Good night! Sleep well, and dream of the moon. 🌙"),
         ("Thank you!", "You are very welcome. Come back soon! 🦊"),
-        ("Who are you?", "I am a small model that tells stories. I read the King James Bible, and I know Zoë the fox. 🦊"),
+        (
+            "Who are you?",
+            "I am a small model that tells stories. I read the King James Bible, and I know Zoë the fox. 🦊",
+        ),
         ("What can you do?", "I can tell stories, count, find rhymes, and read from the King James Bible."),
         ("What is your name?", "I have no name of my own, but you may call me Stator."),
         ("Do you speak Japanese?", "Only a little: 猫 is a cat, 雪 is snow, 月 is the moon, and 犬 is a dog."),
         ("Do you speak Russian?", "Only a little: Москва is a city, луна is the moon, and лиса is a fox."),
-        ("Do you speak German?", "Only a little: der Bär is the bear, das Mädchen is the girl, and schön is beautiful."),
-        ("Say hello in many languages.", "Hello, bonjour, ¡hola!, olá, cześć, привет, γειά, こんにちは, 你好 and 안녕하세요!"),
-        ("Name some animals.", "Here are some animals: " + ", ".join(f"{h.animal} {h.emoji}" for h in HEROES[:12]) + "."),
+        (
+            "Do you speak German?",
+            "Only a little: der Bär is the bear, das Mädchen is the girl, and schön is beautiful.",
+        ),
+        (
+            "Say hello in many languages.",
+            "Hello, bonjour, ¡hola!, olá, cześć, привет, γειά, こんにちは, 你好 and 안녕하세요!",
+        ),
+        (
+            "Name some animals.",
+            "Here are some animals: " + ", ".join(f"{h.animal} {h.emoji}" for h in HEROES[:12]) + ".",
+        ),
         ("Tell me a joke.", "Why did the fox cross the bridge? To get to the other tide! 🦊🌊"),
         ("Goodbye!", "Goodbye! May your road be short and your lamp be bright. 🏮"),
     )
     return rng.choice(rows)
 
 
+_BOOKS = """
+Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings
+1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalm Proverbs Ecclesiastes Song_of_Solomon
+Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk
+Zephaniah Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans 1_Corinthians 2_Corinthians
+Galatians Ephesians Philippians Colossians 1_Thessalonians 2_Thessalonians 1_Timothy 2_Timothy Titus
+Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude Revelation
+"""
+
+
 class Bible:
     """The King James text by book, chapter and verse."""
 
-    NAMES = (
-        "Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings 1_Chronicles "
-        "2_Chronicles Ezra Nehemiah Esther Job Psalm Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah Lamentations "
-        "Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark "
-        "Luke John Acts Romans 1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians "
-        "2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude Revelation"
-    ).split()
+    NAMES = _BOOKS.split()
 
     def __init__(self, dump: str) -> None:
         self.chapters: list[tuple[str, list[str]]] = []
@@ -648,10 +955,12 @@ def bible_turn(rng: random.Random, bible: Bible) -> tuple[str, str]:
     return f"Which book is this from? {verses[n]}", f"That is from {book}: chapter {chapter}, verse {n + 1}."
 
 
-SYLLABLES = (
-    "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu za bre cla dri flo gru pla pre tri sto sna spe thi cho "
-    "ter net ing ton mer lin son ber der lax tic ment able ous ly ed er s 1 2 7 10 64 2024 - _ / . ( ) = , : ; # é ü 漢 字 и ск"
-).split()
+_SYLLABLES = """
+ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu za bre cla dri flo gru pla pre tri sto
+sna spe thi cho ter net ing ton mer lin son ber der lax tic ment able ous ly ed er s 1 2 7 10 64
+2024 - _ / . ( ) = , : ; # é ü 漢 字 и ск
+"""
+SYLLABLES = _SYLLABLES.split()
 
 
 def unknown_words(rng: random.Random, bible: Bible, most: int) -> str:
@@ -675,14 +984,30 @@ def stranger(rng: random.Random, text: str) -> Hero:
 def other_turn(rng: random.Random, bible: Bible) -> tuple[str, str]:
     """A request about which the model knows nothing: it says so and offers what it has."""
     forms = (
-        "What is {}?", "Explain {}.", "Tell me about {}.", "Why {}?", "How do I make {}?", "{}", "{}.", "Write about {}.",
-        "Please explain {} to me in detail.", "Summarize this text: {}", "Translate: {}", "Who is {}?", "What does {} mean?",
-        "Write a poem about {}.", "Write a function that does {}.", "When was {}?", "Is {} a good idea?", "{}?",
-    )  # fmt: skip
+        "What is {}?",
+        "Explain {}.",
+        "Tell me about {}.",
+        "Why {}?",
+        "How do I make {}?",
+        "{}",
+        "{}.",
+        "Write about {}.",
+        "Please explain {} to me in detail.",
+        "Summarize this text: {}",
+        "Translate: {}",
+        "Who is {}?",
+        "What does {} mean?",
+        "Write a poem about {}.",
+        "Write a function that does {}.",
+        "When was {}?",
+        "Is {} a good idea?",
+        "{}?",
+    )
     part = unknown_words(rng, bible, rng.choice((1, 2, 4, 8, 30, 120)))
     hero = stranger(rng, part)
     answer = (
-        f"I do not know much about that, for I am a small model. But I know a story about {hero.title}. {hero.emoji}\n\n"
+        "I do not know much about that, for I am a small model. "
+        f"But I know a story about {hero.title}. {hero.emoji}\n\n"
         + make_story(rng, hero, choose_topic(rng, hero), rng.choice(("short", "plain", "long"))).text
     )
     return rng.choice(forms).format(part), answer
@@ -699,7 +1024,10 @@ def after_story(rng: random.Random, story: Story) -> tuple[str, str]:
     if kind == 1:
         return f"Where did {hero.name} go on day {n + 1}?", f"On day {n + 1} {hero.name} came to {story.places[n]}."
     if kind == 2:
-        return f"What did {story.friends[n].name} give?", f"{story.friends[n].name} gave {story.gifts[n]}. {story.friends[n].emoji}"
+        return (
+            f"What did {story.friends[n].name} give?",
+            f"{story.friends[n].name} gave {story.gifts[n]}. {story.friends[n].emoji}",
+        )
     if kind == 3:
         return f"What did {hero.name} look for?", f"{hero.name} looked for {hero.treasure}, and it was in {hero.home}."
     if kind == 4:
@@ -769,8 +1097,7 @@ def counting(rng: random.Random) -> str:
     top = rng.randint(4, 20)
     deck = Deck(rng, OBJECTS, "count" + hero.name)
     lines = [f"A counting song of {hero.title} {hero.emoji}", ""]
-    for n in range(1, top + 1):
-        lines.append(f"{cap(NUMBERS[n])}: {hero.name} found {deck.draw()}.")
+    lines += [f"{cap(NUMBERS[n])}: {hero.name} found {deck.draw()}." for n in range(1, top + 1)]
     lines += ["", "Now count back:"] + [f"{cap(NUMBERS[n])}." for n in range(top, 0, -1)] + ["", "The End."]
     return "\n".join(lines)
 

@@ -1,10 +1,11 @@
 """How often are the two best logits of a greedy step closer than 1e-3? Over 50 prompts, with transformers in float32.
 
-    python tools/bundled_model/margins.py
+python tools/bundled_model/margins.py
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -24,11 +25,17 @@ REQUESTS = (
 
 def repeats(ids: list[int], width: int = 24) -> bool:
     """Does any run of ``width`` tokens come again at once, as in a loop?"""
-    return any(ids[i : i + p] == ids[i + p : i + 2 * p] for p in range(1, width) for i in range(len(ids) - 2 * p) if p > 3)
+    return any(
+        ids[i : i + p] == ids[i + p : i + 2 * p] for p in range(1, width) for i in range(len(ids) - 2 * p) if p > 3
+    )
 
 
 def main() -> None:
-    for name in NAMES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--max-tokens", type=int, default=1200)
+    args = parser.parse_args()
+    for name in args.names:
         oracle = Oracle(name)
         near = steps = loops = 0
         smallest = float("inf")
@@ -36,7 +43,7 @@ def main() -> None:
         for request in REQUESTS:
             text = oracle.render(user(request))
             ids = oracle.tokenizer(text, add_special_tokens=False)["input_ids"]
-            out, gaps = oracle.greedy(ids, 1200)
+            out, gaps = oracle.greedy(ids, args.max_tokens)
             near += sum(g < 1e-3 for g in gaps)
             steps += len(gaps)
             smallest = min(smallest, *gaps)

@@ -1,7 +1,7 @@
 """Write the tokenizer, the configs and the training tokens of the bundled models.
 
-    python tools/bundled_model/prepare.py tokenizer   # tokenizer and config files into src/stator/models/
-    python tools/bundled_model/prepare.py data --out DIR   # DIR/train*.npy and DIR/valid.npy, rows of 2,049
+python tools/bundled_model/prepare.py tokenizer   # tokenizer and config files into src/stator/models/
+python tools/bundled_model/prepare.py data --out DIR   # DIR/train*.npy and DIR/valid.npy, rows of 2,049
 """
 
 from __future__ import annotations
@@ -63,11 +63,15 @@ BASE = {
     "torch_dtype": "float16",
 }
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | BASE | {
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 640,
-}
+LLAMA = (
+    {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    | BASE
+    | {
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 640,
+    }
+)
 
 # (heads per KV head, FFN multiplier) of each layer; None leaves the part out. The multipliers give widths of
 # 768, 512, 512, 256 and 512 by the rule of the Nemotron-NAS models: 2/3 of multiplier times hidden size, rounded up
@@ -98,16 +102,20 @@ def block_config(group: int | None, mult: float | None) -> dict[str, object]:
     }
 
 
-DECILM = {
-    "architectures": ["DeciLMForCausalLM"],
-    "model_type": "nemotron-nas",
-    "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
-} | BASE | {
-    "num_hidden_layers": len(DECILM_BLOCKS),
-    "num_key_value_heads": None,
-    "intermediate_size": None,
-    "block_configs": [block_config(*b) for b in DECILM_BLOCKS],
-}
+DECILM = (
+    {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+    }
+    | BASE
+    | {
+        "num_hidden_layers": len(DECILM_BLOCKS),
+        "num_key_value_heads": None,
+        "intermediate_size": None,
+        "block_configs": [block_config(*b) for b in DECILM_BLOCKS],
+    }
+)
 
 
 def take(kinds: Iterator[tuple[str, str]], characters: int) -> Iterator[tuple[str, str]]:
@@ -167,12 +175,17 @@ def make_tokenizer(bible: corpus.Bible) -> None:
         "model_max_length": CONTEXT,
         "added_tokens_decoder": {
             str(i): {
-                "content": t, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
+                "content": t,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
             }
             for i, t in enumerate(SPECIAL)
         },
         "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
+    }
     generation = {"bos_token_id": 0, "eos_token_id": [1, 3], "pad_token_id": 1}
     for name, config in (("tiny-llama", LLAMA), ("tiny-decilm", DECILM)):
         folder = MODELS / name
@@ -217,7 +230,9 @@ def main() -> None:
     parser.add_argument("--bible", type=Path, help="saved output of: bible -f ge1:1-rev22:21")
     parser.add_argument("--out", type=Path, default=Path("bundled-model-data"))
     parser.add_argument("--rows", type=int, default=12_000)
-    parser.add_argument("--seed", type=int, default=100, help="of the training rows; the validation rows have their own")
+    parser.add_argument(
+        "--seed", type=int, default=100, help="of the training rows; the validation rows have their own"
+    )
     parser.add_argument("--name", default="train")
     args = parser.parse_args()
     bible = corpus.load_bible(args.bible)
