@@ -20,6 +20,9 @@ from stator.messages.engine import FinishReason
 
 MAX_PREFILL_CRASHES = 2
 
+_BETWEEN_US = frozenset({ErrorCode.UNAUTHORIZED, ErrorCode.NOT_FOUND, ErrorCode.PROTOCOL})
+"""Failures of a call between instances that say nothing about the client's request: a wrong token, two versions."""
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:
@@ -68,7 +71,7 @@ class Continuation:
         self._tokens_before = len(self.received)
         self.last_error = error
         if not error.info.elsewhere:
-            return GiveUp(error)
+            return GiveUp(_for_client(error))
         if error.code is ErrorCode.ENGINE_DEAD and not got_tokens:
             self._prefill_crashes += 1
             if self._prefill_crashes >= MAX_PREFILL_CRASHES:
@@ -87,7 +90,7 @@ class Continuation:
         last = self.last_error
         if error.code is ErrorCode.NO_INSTANCE and last is not None and last.code is ErrorCode.OVERLOADED:
             return GiveUp(last)
-        return GiveUp(error)
+        return GiveUp(_for_client(error))
 
     def _retry(self, error: StatorError) -> Retry | GiveUp:
         if self.num_retries >= self._limit:
@@ -100,6 +103,13 @@ class Continuation:
         if num_tokens and num_tokens > self._min_tokens and self.received[-1] in self._stop_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_tokens >= self._max_tokens else None
+
+
+def _for_client(error: StatorError) -> StatorError:
+    """A client that gets our peer's 401 would look for the mistake in its own key."""
+    if error.code not in _BETWEEN_US:
+        return error
+    return StatorError(ErrorCode.INTERNAL, "an instance of this deployment refused the call; its log has the reason")
 
 
 def _poison(error: StatorError) -> StatorError:

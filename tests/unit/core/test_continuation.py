@@ -93,3 +93,15 @@ def test_a_lost_router_is_asked_again_up_to_the_limit() -> None:
     lost = error(ErrorCode.INSTANCE_LOST)
     assert core.on_router_failure(lost) == Retry(())
     assert core.on_router_failure(lost) == GiveUp(lost)
+
+
+@pytest.mark.parametrize("code", [ErrorCode.UNAUTHORIZED, ErrorCode.NOT_FOUND, ErrorCode.PROTOCOL])
+def test_what_instances_hold_against_each_other_is_not_the_clients_fault(code: ErrorCode) -> None:
+    for effect in (new().on_engine_failure(error(code), A), new().on_router_failure(error(code))):
+        assert isinstance(effect, GiveUp)
+        assert effect.error.code is ErrorCode.INTERNAL
+
+
+def test_a_refusal_by_the_engine_reaches_the_client_as_it_is() -> None:
+    refusal = error(ErrorCode.INVALID_REQUEST)
+    assert new().on_engine_failure(refusal, A) == GiveUp(refusal)
