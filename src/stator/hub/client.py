@@ -5,7 +5,7 @@ import contextlib
 import logging
 import random
 from collections.abc import AsyncGenerator
-from typing import Any, cast
+from typing import Any
 
 from stator.errors import ErrorCode, StatorError
 from stator.hub import messages as m
@@ -181,8 +181,7 @@ class HubClient:
         self, endpoint: str, request: Any, item_type: Any, timeout_s: float | None
     ) -> AsyncGenerator[list[Any], None]:
         target = Target(self.addresses, endpoint)
-        stream = calls.stream(self, target, request, context=self._context(timeout_s), item_type=item_type)
-        return cast(AsyncGenerator[list[Any], None], stream)
+        return calls.stream(self, target, request, context=self._context(timeout_s), item_type=item_type)
 
     def _context(self, timeout_s: float | None) -> CallContext:
         request_id = RequestId(f"hub-{self.random_source.getrandbits(64):016x}")

@@ -11,7 +11,7 @@ from stator.ids import InstanceId, RequestId
 from stator.messages.instances import InstanceInfo
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.runtime.context import CallContext
-from stator.runtime.directory import InstanceDirectory
+from stator.runtime.directory import DirectoryChange, InstanceDirectory
 from stator.transport.base import StreamHandle, Target, TransportClient
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,10 @@ class WorkerMonitor:
         self.rng = rng
         self._directory = directory
         self._subscriptions: dict[InstanceId, _Subscription] = {}
-        self._unsubscribe: Callable[[], None] = directory.subscribe(lambda *_: self._follow())
+        self._unsubscribe: Callable[[], None] = directory.subscribe(self._on_change)
+        self._follow()
+
+    def _on_change(self, _change: DirectoryChange) -> None:
         self._follow()
 
     def _follow(self) -> None:

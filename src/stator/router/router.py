@@ -8,7 +8,7 @@ from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId
 from stator.messages.instances import InstanceInfo
 from stator.messages.processor import RouteDecision, RouteRequest
-from stator.runtime.directory import InstanceDirectory
+from stator.runtime.directory import DirectoryChange, InstanceDirectory
 from stator.transport.base import Call
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Router:
         self._min_workers = min_workers
         self._enough_workers: set[str] = set()
         self._by_model: dict[str, tuple[list[Candidate], dict[InstanceId, InstanceInfo]]] = {}
-        self._unsubscribe = directory.subscribe(lambda *_: self._by_model.clear())
+        self._unsubscribe = directory.subscribe(self._on_change)
 
     def route(self, call: Call) -> None:
         """Endpoint `route`: RouteRequest in, one RouteDecision out; the call then stays open as the booking."""
@@ -55,6 +55,9 @@ class Router:
         """Whether `route` would find an instance for the model now."""
         candidates, _ = self._candidates(model)
         return bool(candidates) and self._ready(model, len(candidates))
+
+    def _on_change(self, _change: DirectoryChange) -> None:
+        self._by_model.clear()
 
     def close(self) -> None:
         self._unsubscribe()

@@ -24,7 +24,7 @@ from stator.messages.reports import WorkerReport
 from stator.messages.tokens import num_tokens
 from stator.queue.base import JobQueue
 from stator.runtime.context import loop_time
-from stator.runtime.directory import InstanceDirectory
+from stator.runtime.directory import DirectoryChange, InstanceDirectory
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Call
 from stator.worker.host import WorkerHost
@@ -108,7 +108,7 @@ class DecodeWorker:
     async def start(self) -> None:
         if not self._policy.remote_prefill:
             return
-        self._unsubscribe = self._directory.subscribe(lambda *_: self._count_prefillers())
+        self._unsubscribe = self._directory.subscribe(self._on_directory_change)
         self._count_prefillers()
         self._tasks.spawn(self._watch_queue(), "watch queue size")
 
@@ -232,6 +232,9 @@ class DecodeWorker:
         async for size in self._queue.watch_size():
             self._queue_waiting = size.waiting
             self._puts_since_size = 0
+
+    def _on_directory_change(self, _change: DirectoryChange) -> None:
+        self._count_prefillers()
 
     def _count_prefillers(self) -> None:
         self._num_prefillers = sum(self._pairs(i) for i in self._directory.instances(role="prefill"))

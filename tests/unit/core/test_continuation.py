@@ -95,7 +95,7 @@ def test_a_lost_router_is_asked_again_up_to_the_limit() -> None:
     assert core.on_router_failure(lost) == GiveUp(lost)
 
 
-@pytest.mark.parametrize("code", [ErrorCode.UNAUTHORIZED, ErrorCode.NOT_FOUND, ErrorCode.PROTOCOL])
+@pytest.mark.parametrize("code", [ErrorCode.UNAUTHORIZED, ErrorCode.NOT_FOUND])
 def test_what_instances_hold_against_each_other_is_not_the_clients_fault(code: ErrorCode) -> None:
     for effect in (new().on_engine_failure(error(code), A), new().on_router_failure(error(code))):
         assert isinstance(effect, GiveUp)
