@@ -9,20 +9,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 ORACLE := .venv-oracle
-FIND_LINKS ?=
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format lint types test-oracle bench-quick
+NO_PYTHON := Stator needs Python 3.11 or newer, and none was found. Install it, or say where it is: \
+	make PYTHON=/path/to/python3.11
+NO_VENV := making a virtual environment failed; on Debian and Ubuntu: apt install python3-venv
 
-demo: $(VENV)/.installed
+.PHONY: demo install test check test-oracle bench-quick
+
+demo: $(VENV)/.core
 	@exec $(BIN)/stator demo --port $(PORT) $(if $(HUB_PORT),--hub-port $(HUB_PORT)) $(if $(JOIN),--join $(JOIN))
 
-test: $(VENV)/.installed-test
+# Everything that the targets below need, but for test-oracle.
+install: $(VENV)/.dev
+
+test: $(VENV)/.test
 	$(PYTEST) -n 2 tests/unit tests/contract tests/sim
 	$(PYTEST) tests/integration
 	$(PYTEST) tests/e2e
 
 # The gate: formatting, lint, strict types, import rules, unit tests.
-check: $(VENV)/.installed-dev
+check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -30,37 +37,29 @@ check: $(VENV)/.installed-dev
 
 # The local engine against transformers on torch (CPU).
 test-oracle: $(ORACLE)/.installed
-	$(ORACLE)/bin/python -m pytest -q -m oracle tests
+	$(ORACLE)/bin/python -m pytest -q -m oracle tests/oracle
 
-bench-quick: $(VENV)/.installed-test
-	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python "$$b" --quick || exit 1; done
+bench-quick: $(VENV)/.test
+	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench" --quick || exit 1; done
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "Stator needs Python 3.11 or newer, and none was found. \
-	Install it (for instance: apt install python3.11-venv), or say where it is: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
 	@echo "making $(VENV) with $(PYTHON)"
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(NO_VENV)"; exit 1; }
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+# Pinned by hash; Stator itself is installed in place. Each of these contains the one before.
+$(VENV)/.core $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: requirements/%.txt pyproject.toml | $(BIN)/python
 	@echo "installing Stator into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	@touch $@
+	@$(BIN)/python $(PIP) --require-hashes -r $<
+	@$(BIN)/python $(PIP) --no-deps -e .
+	@touch $@ $(if $(filter %.core,$@),,$(VENV)/.core) $(if $(filter %.dev,$@),$(VENV)/.test)
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	@echo "installing Stator and its test tools into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
-	@touch $@ $(VENV)/.installed
-
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	@echo "installing Stator and its development tools into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
-
-# torch comes from FIND_LINKS (a directory or page with wheels) if that is set, else from PyTorch's CPU index.
-$(ORACLE)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Stator needs Python 3.11 or newer"; exit 1; }
-	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE)
-	@$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 \
-		$(if $(FIND_LINKS),--find-links $(FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
-	@$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' transformers
+# A wheel that pip is told about otherwise (PIP_FIND_LINKS) is taken first, then PyTorch's own index for CPUs.
+$(ORACLE)/.installed: requirements/test.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
+	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE) || { rm -rf $(ORACLE); echo "$(NO_VENV)"; exit 1; }
+	@echo "installing Stator, torch and transformers into $(ORACLE)"
+	@$(ORACLE)/bin/python $(PIP) --no-index --no-deps torch==2.13.0 2>/dev/null \
+		|| $(ORACLE)/bin/python $(PIP) torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	@$(ORACLE)/bin/python $(PIP) -e '.[test]' torch==2.13.0 transformers
 	@touch $@

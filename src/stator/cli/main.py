@@ -127,7 +127,7 @@ def demo(
             hub_port=hub_port,
             join_lines=(
                 JoinLine(
-                    "prefill worker", ("stator", "demo"), "make demo JOIN={head}    (in a clone of the repository)"
+                    "prefill worker", ("stator", "demo"), "make demo JOIN={head}    # in a clone of the repository"
                 ),
             ),
         )

@@ -63,10 +63,10 @@ class _Keeper:
                 if not await self._answer(self.child, code):
                     return
         except ConfigError as error:
-            self._node.give_up(str(error), ExitCode.CONFIG)
+            self._node.give_up(self.plan.label, str(error), ExitCode.CONFIG)
         except Exception as error:
             logger.exception("keeping %s running failed", self.plan.label)
-            self._node.give_up(f"{self.plan.label}: {error}", ExitCode.FAILURE)
+            self._node.give_up(self.plan.label, f"{self.plan.label}: {error}", ExitCode.FAILURE)
         finally:
             self.done.set()
 
@@ -90,8 +90,9 @@ class _Keeper:
         label = self.plan.label
         failure = child.failure
         reason = describe_exit(code) + (f": {failure.message}" if failure is not None else "")
-        if code == ExitCode.CONFIG and failure is not None:
-            self._node.give_up(failure.message, ExitCode.CONFIG)
+        if code == ExitCode.CONFIG:
+            message = failure.message if failure is not None else f"{label} {reason}"
+            self._node.give_up(label, message, ExitCode.CONFIG)
             return False
         if self._policy.num_quick_failures == 0:
             self._first_failure = None
@@ -101,7 +102,7 @@ class _Keeper:
         if delay_s is None:
             times = self._policy.num_quick_failures
             self._node.give_up(
-                f"{label} {self._first_failure}\n{label} failed {times} times in a row", ExitCode.FAILURE
+                label, f"{label} {self._first_failure}\n{label} failed {times} times in a row", ExitCode.FAILURE
             )
             return False
         self._node.terminal.complain(f"stator: {label} {reason}; starting it again in {delay_s:g} s")
@@ -161,11 +162,11 @@ class Supervisor:
             self._outcome = ExitCode.FAILURE
             self.killing.set()
 
-    def give_up(self, reason: str, outcome: ExitCode) -> None:
+    def give_up(self, who: str, reason: str, outcome: ExitCode) -> None:
+        """Stop the node. The reason is the last thing it says."""
         if self._reason is None and not self.stopping.is_set():
             self._reason, self._outcome = reason, outcome
-            if len(self._keepers) > 1:
-                self.terminal.complain(f"stator: stopping: {reason.splitlines()[0]}")
+            self.terminal.complain(f"stator: {who} cannot go on; stopping")
             self.stopping.set()
 
     def reported(self, report: Report) -> None:
