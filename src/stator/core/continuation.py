@@ -21,7 +21,7 @@ from stator.messages.engine import FinishReason
 MAX_PREFILL_CRASHES = 2
 
 _BETWEEN_US = frozenset({ErrorCode.UNAUTHORIZED, ErrorCode.NOT_FOUND})
-"""Failures of a call between instances that say nothing about the client's request: a wrong token, a missing endpoint."""
+"""Failures of a call between instances that say nothing about the client: a wrong token, a missing endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
