@@ -92,6 +92,7 @@ class Main:
         seen: set[str] = set()
         while True:
             infos = self.context.directory.instances(role="echo")
+            print(f"{len(infos)} instances")
             for info in infos:
                 if info.instance_id not in seen:
                     seen.add(info.instance_id)
@@ -297,6 +298,39 @@ def test_a_killed_process_comes_back_with_a_new_identity(start: Start) -> None:
     again = int(node.until(r"answer from pid=(\d+): hello you", times=2).group(1))
     assert again != pid
     assert node.stop() == 0
+
+
+def test_a_process_that_slept_through_its_lease_fences_itself_and_comes_back(start: Start) -> None:
+    node = start_head(start)
+    pid = int(node.until(r"answer from pid=(\d+): hello you").group(1))
+    node.until("Stator is ready")
+    os.kill(pid, signal.SIGSTOP)
+    node.until("0 instances", times=1 + len([line for line in node.lines if "0 instances" in line]))
+    os.kill(pid, signal.SIGCONT)
+    node.until(r"Echo:1 exited with code 75; starting it again")
+    assert int(node.until(r"answer from pid=(\d+): hello you", times=2).group(1)) != pid
+    assert node.stop() == 0
+    assert "echo drains" not in node.text[: node.text.index("exited with code 75")]
+
+
+def test_an_interpreter_that_is_not_there(start: Start) -> None:
+    node = start_head(start, "--Echo.ServiceArgs.python=no/such/python")
+    assert node.ended() == 2
+    assert "Echo:1 cannot be started with no/such/python" in node.lines[-1]
+
+
+def test_a_head_that_is_not_there_yet_is_waited_for(start: Start, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = {"STATOR_TOKEN": "shared"}
+    early = start("services:Echo", *LOOPBACK, "--join", f"127.0.0.1:{port}", "--Echo.greeting=moin", env=env)
+    early.until(f"waiting for the head at 127.0.0.1:{port}")
+    head = start("graph:Main", *LOOPBACK, "--hub-port", port, "--Echo.ServiceArgs.workers=0", env=env)
+    early.until("joined")
+    head.until("answer from pid=.*moin you")
+    assert early.stop() == 0
+    assert head.stop() == 0
 
 
 def test_a_process_that_keeps_failing_stops_the_node(start: Start) -> None:

@@ -38,10 +38,10 @@ def component_target(spec: ServiceSpec, directory: Path) -> str:
 def join_lines(
     graph: Graph, directory: Path, config: Path | None, overrides: Sequence[tuple[str, str]]
 ) -> list[JoinLine]:
-    """One line for each service of the graph that more nodes may run; prefill first."""
+    """One line for each service that more nodes may run, prefill first: those of the graph, and those they depend on
+    that it does not link. Flags are repeated, but for the number of processes, which is this node's own."""
     lines: list[JoinLine] = []
-    joining = [s for role in JOINING_ROLES for s in graph.services.values() if s.role == role]
-    for spec in joining or list(graph.services.values())[1:]:
+    for spec in _joining(graph):
         command = ["stator", "serve", component_target(spec, directory)]
         command += ["-f", str(config)] if config is not None else []
         command += [f"{flag}={value}" for flag, value in overrides if _concerns(flag, spec.name)]
@@ -49,8 +49,19 @@ def join_lines(
     return lines
 
 
+def _joining(graph: Graph) -> list[ServiceSpec]:
+    specs = dict(graph.services)
+    for spec in graph.services.values():
+        for other, linked in graph.resolve(spec).values():
+            if not linked:
+                specs.setdefault(other.name, other)
+    by_role = [spec for role in JOINING_ROLES for spec in specs.values() if spec.role == role]
+    return by_role or list(graph.services.values())[1:]
+
+
 def _concerns(flag: str, service: str) -> bool:
-    return flag.removeprefix("--").split(".")[0] in (service, "Common")
+    section, _, key = flag.removeprefix("--").partition(".")
+    return section in (service, "Common") and key != "ServiceArgs.workers"
 
 
 def format_join(lines: Sequence[JoinLine], head: tuple[str, int], namespace: str, token_place: str) -> str:

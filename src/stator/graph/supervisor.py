@@ -137,8 +137,11 @@ class Supervisor:
         """serves_clients: ready means that a process has reported an address as well."""
         self._serves_clients = serves_clients
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.signalled)
+        # Under nohup a closed terminal is no reason to stop.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGHUP, self.signalled)
         try:
             for keeper in self._keepers:
                 self._tasks.spawn(keeper.run(), keeper.plan.label)

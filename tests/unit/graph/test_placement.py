@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ from stator.config.load import Section
 from stator.config.schema import ServiceArgs
 from stator.errors import ConfigError
 from stator.graph import depends, service
+from stator.graph.banner import join_lines
 from stator.graph.graph import build_graph
 from stator.graph.placement import plan_processes
 
@@ -68,6 +70,31 @@ def test_a_component_has_a_process_though_it_would_be_colocated() -> None:
     graph = build_graph(Prefill)
     assert [p.label for p in plan_processes(graph, {"Prefill": Section(ServiceArgs(colocate=True), None)})] == [
         "Prefill:1"
+    ]
+
+
+def test_join_lines_name_what_more_nodes_may_run() -> None:
+    @service(role="frontend")
+    class Small:
+        worker = depends(Decode)
+
+    @service(role="decode")
+    class Alone(Decode):
+        other = depends(Prefill)
+
+    small: Any = Small
+    small.link(Alone)
+    overrides = [
+        ("--Alone.x", "1"), ("--Alone.ServiceArgs.workers", "0"), ("--Small.y", "2"), ("--Common.z", "a b"),
+    ]  # fmt: skip
+    lines = join_lines(build_graph(Small), Path("/d"), Path("c.yaml"), overrides)
+    module = __name__
+    assert [(line.what, line.command) for line in lines] == [
+        ("Prefill", ("stator", "serve", f"{module}:Prefill", "-f", "c.yaml", "--Common.z=a b")),
+        (
+            "Alone",
+            ("stator", "serve", f"{module}:{Alone.__qualname__}", "-f", "c.yaml", "--Alone.x=1", "--Common.z=a b"),
+        ),
     ]
 
 
