@@ -1,4 +1,4 @@
-"""What a worker tells whoever watches it, once a second."""
+"""What a worker, or a router, tells whoever watches it, once a second."""
 
 import msgspec
 
@@ -11,12 +11,48 @@ class ReportRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     interval_s: float = 1.0
 
 
+class IndexStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A router's prefix index. num_entries: block hashes; num_bytes: its memory, estimated. gaps_total: event streams
+    that lost something and were read anew. num_workers, num_settled: followed, and those whose view is up to date.
+    """
+
+    num_entries: int = 0
+    num_bytes: int = 0
+    num_workers: int = 0
+    num_settled: int = 0
+    gaps_total: int = 0
+
+
+class RouterStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a router counted since its start.
+
+    decisions: by mode. predictions: compared overlaps, by (outcome, basis): outcome `exact`, `over`, `under`; basis
+    `events` when the prediction rested on workers' events alone, `booked` when blocks being computed were part of it.
+    difference_counts: predictions by |difference| in blocks, one more than DIFFERENCE_BLOCKS, the last for what is
+    above; decision_counts: decisions by seconds, by DECISION_S alike. The sums belong to them.
+    """
+
+    decisions: dict[str, int] = {}
+    predictions: dict[str, dict[str, int]] = {}
+    difference_counts: list[int] = []
+    difference_sum: float = 0.0
+    decision_counts: list[int] = []
+    decision_sum_s: float = 0.0
+    num_bookings: int = 0
+    index: IndexStats | None = None
+
+
+DIFFERENCE_BLOCKS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
+DECISION_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+
+
 class WorkerReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """load: the engine's reading. prefills: counts by outcome, of a decode worker `local`, `remote` and `fallback`
     (meant to be remote, computed here after all), of a prefill worker `done`, `failed` and `unwanted`.
-    queue_waiting: jobs waiting in the prefill queue as this worker sees it.
+    queue_waiting: jobs waiting in the prefill queue as this worker sees it. router: of an instance that routes.
     """
 
     load: EngineLoad
     prefills: dict[str, int] = {}
     queue_waiting: int = 0
+    router: RouterStats | None = None

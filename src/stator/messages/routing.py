@@ -1,0 +1,88 @@
+"""The Router's side talk: what the Processor tells it about a request's course, and what it tells about its decisions."""
+
+import msgspec
+
+from stator.ids import InstanceId, RequestId
+
+
+class RouteObservation(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """What became of a decision. One or several per booking, each with what is new.
+
+    booking: `RouteDecision.booking`. num_cached_tokens: with the first token, as in TokenDelta. fetched: some of the
+    prompt came from a prefill worker, so that the count says nothing about this worker's own cache.
+    num_total_tokens: prompt tokens and those resumed. num_output_tokens: at the end of the request.
+    failed: it ended on this instance before its first token.
+    """
+
+    booking: int
+    num_cached_tokens: int | None = None
+    fetched: bool = False
+    num_total_tokens: int = 0
+    num_output_tokens: int | None = None
+    failed: bool = False
+
+
+class RouteObservations(msgspec.Struct, frozen=True):
+    """Request of the Router's `observe` endpoint, which answers with no item."""
+
+    observations: list[RouteObservation]
+
+
+class CandidateTerms(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a candidate cost what it did; milliseconds unless said. `total_ms` is the sum of the other terms.
+
+    overlap_blocks: leading prompt blocks that it holds, by its own events. booked_blocks: those that it will hold,
+    because a request that has them was sent there just before. trust: 0 to 1, by how much the overlap was scaled.
+    queue_ms: work ahead. prefill_ms: the uncached part of the prompt. decode_ms: all output tokens. harm_ms: delay of
+    the streams it runs. affinity_ms: negative for the session's last instance.
+    num_streams: requests there; load: the share of its capacity that they are.
+    """
+
+    instance_id: InstanceId
+    total_ms: float
+    overlap_blocks: int = 0
+    booked_blocks: int = 0
+    trust: float = 1.0
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    harm_ms: float = 0.0
+    affinity_ms: float = 0.0
+    num_streams: int = 0
+    load: float = 0.0
+
+
+class DecisionRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One decision of a router, with what came of it as far as it is known.
+
+    time: Unix seconds. candidates: the cheapest first, the winner always among them; at most as many as are kept.
+    num_candidates: how many there were. expected_output_tokens: what the decode term was computed for.
+    cached_tokens, overlap_difference: what the engine found in its cache, and how many blocks that is more (negative:
+    fewer) than predicted; None until its first token, and for prompts that were fetched from a prefill worker.
+    """
+
+    request_id: RequestId
+    time: float
+    model: str
+    mode: str
+    winner: InstanceId
+    num_prompt_tokens: int
+    num_prompt_blocks: int
+    num_candidates: int
+    candidates: list[CandidateTerms]
+    expected_output_tokens: int = 0
+    session: bool = False
+    cached_tokens: int | None = None
+    overlap_difference: int | None = None
+    output_tokens: int | None = None
+    failed: bool = False
+
+
+class DecisionsRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Request of the Router's `decisions` endpoint; items are DecisionRecord, the newest first.
+
+    request_id: only those of one request, one for each instance it was sent to. limit: at most so many.
+    """
+
+    request_id: RequestId | None = None
+    limit: int = 100
