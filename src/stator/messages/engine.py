@@ -94,6 +94,8 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     pairing: prefill and decode instances exchange KV blocks only if these are equal (block size, KV dtype, model
     fingerprint, engine version, connector).
     cannot_resume: sampling fields with which a request of this engine cannot be continued from resume_ids.
+    model_id, device: what was loaded, as configured, and what it computes on, e.g. `8 x NVIDIA H100 80GB HBM3`; by them
+    the router finds how long steps take. Empty if not known.
     """
 
     engine: str
@@ -106,6 +108,8 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     max_model_len: int
     pairing: dict[str, str] = {}
     cannot_resume: tuple[str, ...] = ()
+    model_id: str = ""
+    device: str = ""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -52,8 +52,8 @@ class RouteDecision(msgspec.Struct, frozen=True, omit_defaults=True):
     """The Router's one item; the call stays open after it, as the booking.
 
     overlap_blocks: leading blocks of the prompt that the instance holds, by its own events. cost_ms: the predicted cost
-    of the request there, 0 in modes that predict none. booking: names the decision in a RouteObservation; 0 for a router
-    that wants none.
+    of the request there, 0 in modes that predict none. booking: names the decision in a RouteObservation; 0: none is
+    wanted.
     """
 
     instance_id: InstanceId

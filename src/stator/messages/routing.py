@@ -1,4 +1,4 @@
-"""The Router's side talk: what the Processor tells it about a request's course, and what it tells about its decisions."""
+"""What Processor and Router tell each other about a decision: how the request went, and why it went there."""
 
 import msgspec
 

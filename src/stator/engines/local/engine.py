@@ -404,6 +404,8 @@ class LocalEngine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
             pairing=pairing,
+            model_id=self._args.model,
+            device="cpu",
         )
 
 
