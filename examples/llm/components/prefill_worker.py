@@ -4,6 +4,7 @@ from random import Random
 
 from stator import worker
 from stator.graph import ServiceContext, endpoint, on_drain, on_start, on_stop, service
+from stator.messages.kv_events import KvItem, KvSubscribe
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.transport import Call
 
@@ -29,11 +30,17 @@ class PrefillWorker:
         await self.jobs.start()
         self.reporter = worker.Reporter(self.jobs.report)
         self.reporter.start()
+        self.kv_publisher = worker.KvPublisher(self.engine)
 
     @endpoint(request=ReportRequest, item=WorkerReport)
     def report(self, call: Call) -> None:
         """This worker's figures, once a second."""
         self.reporter.report(call)
+
+    @endpoint(request=KvSubscribe, item=KvItem)
+    def kv_events(self, call: Call) -> None:
+        """The KV blocks this worker holds, and every change, for routers."""
+        self.kv_publisher.kv_events(call)
 
     @on_drain
     async def drain(self) -> None:
@@ -42,5 +49,6 @@ class PrefillWorker:
     @on_stop
     async def stop(self) -> None:
         self.reporter.close()
+        await self.kv_publisher.close()
         await self.jobs.close()
         await self.engine.stop()

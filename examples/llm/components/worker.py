@@ -4,6 +4,7 @@ from components.prefill_worker import PrefillWorker
 from stator import worker
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.engine import EngineRequest, PrefillDone, PrefillDoneReply, TokenDelta
+from stator.messages.kv_events import KvItem, KvSubscribe
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.transport import Call
 
@@ -31,6 +32,7 @@ class VllmWorker:
         await self.requests.start()
         self.reporter = worker.Reporter(self.requests.report)
         self.reporter.start()
+        self.kv_publisher = worker.KvPublisher(self.engine)
 
     @endpoint(request=EngineRequest, item=TokenDelta)
     def generate(self, call: Call) -> None:
@@ -47,6 +49,11 @@ class VllmWorker:
         """This worker's figures, once a second."""
         self.reporter.report(call)
 
+    @endpoint(request=KvSubscribe, item=KvItem)
+    def kv_events(self, call: Call) -> None:
+        """The KV blocks this worker holds, and every change, for routers."""
+        self.kv_publisher.kv_events(call)
+
     @on_drain
     async def drain(self) -> None:
         await self.requests.drain()
@@ -54,5 +61,6 @@ class VllmWorker:
     @on_stop
     async def stop(self) -> None:
         self.reporter.close()
+        await self.kv_publisher.close()
         await self.requests.close()
         await self.engine.stop()
