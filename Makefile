@@ -35,7 +35,7 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(PYTEST) -n 2 tests/unit
 
-# The local engine against transformers on torch (CPU).
+# The local engine and the committed goldens against transformers on torch (CPU).
 test-oracle: $(ORACLE)/.installed
 	$(ORACLE)/bin/python -m pytest -q -m oracle tests/oracle
 
@@ -55,11 +55,13 @@ $(VENV)/.core $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: requirements/%.txt pyproje
 	@touch $@ $(if $(filter %.core,$@),,$(VENV)/.core) $(if $(filter %.dev,$@),$(VENV)/.test)
 
 # A wheel that pip is told about otherwise (PIP_FIND_LINKS) is taken first, then PyTorch's own index for CPUs.
-$(ORACLE)/.installed: requirements/test.txt pyproject.toml
+$(ORACLE)/.installed: requirements/oracle.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
 	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE) || { rm -rf $(ORACLE); echo "$(NO_VENV)"; exit 1; }
 	@echo "installing Stator, torch and transformers into $(ORACLE)"
 	@$(ORACLE)/bin/python $(PIP) --no-index --no-deps torch==2.13.0 2>/dev/null \
 		|| $(ORACLE)/bin/python $(PIP) torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
-	@$(ORACLE)/bin/python $(PIP) -e '.[test]' torch==2.13.0 transformers
+	@$(ORACLE)/bin/python $(PIP) torch==2.13.0
+	@$(ORACLE)/bin/python $(PIP) --require-hashes -r $<
+	@$(ORACLE)/bin/python $(PIP) --no-deps -e .
 	@touch $@

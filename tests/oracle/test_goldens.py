@@ -1,0 +1,16 @@
+"""The committed goldens, computed afresh by transformers on torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "make_goldens.py"
+
+
+@pytest.mark.oracle
+@pytest.mark.timeout(500)
+def test_the_committed_goldens_are_what_transformers_says_today() -> None:
+    done = subprocess.run([sys.executable, str(GOLDEN), "--check"], capture_output=True, text=True, timeout=480)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
