@@ -5,19 +5,21 @@ process of a node sees the same values whatever happens to the file.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import msgspec
 
-from stator.config.decode import Errors, decode_struct, decode_value, lookup, nearest
+from stator.config.decode import Errors, decode_struct, decode_value, kebab, lookup, nearest
+from stator.config.engine_flags import check_engine_flags
 from stator.config.schema import (
     COMMON_CONFIGS,
     COMMON_SECTION,
     SECTIONS,
     SERVICE_ARGS,
+    EngineName,
     ProcessorConfig,
     RouterConfig,
     RouterName,
@@ -203,20 +205,42 @@ def _decode_worker(
     errors: Errors,
     notices: list[str],
 ) -> WorkerConfig | None:
-    own = {field.name for field in msgspec.structs.fields(struct)} - {"engine_args", "engine_arg_origins"}
+    own = {field.name for field in msgspec.structs.fields(struct) if not field.name.startswith("engine_arg")}
     known = {key: node for key, node in children.items() if canonical(key) in own}
     flags = {canonical(key): node for key, node in children.items() if canonical(key) not in own}
+    num_errors = len(errors.messages)
     config = decode_struct(struct, known, name, origin, errors)
-    if config is None:
+    engine = config.engine if config is not None else _engine_of(known)
+    checked = check_engine_flags(engine, name, flags, [kebab(key) for key in own], errors)
+    if config is None or len(errors.messages) > num_errors:
         return None
     served = config.served_model_name or _served_model_name(configuration)
     return msgspec.structs.replace(
         config,
         served_model_name=served,
         kv_transfer_config=_connector(config.kv_transfer_config, name, known, errors, notices),
-        engine_args={key: node.plain() for key, node in flags.items()},
-        engine_arg_origins={key: node.origin for key, node in flags.items()},
+        engine_args=checked.values,
+        engine_arg_origins=checked.origins,
+        engine_args_ignored=checked.ignored,
     )
+
+
+def _engine_of(known: dict[str, Node]) -> str:
+    """For a section with errors elsewhere, whose flags are checked nevertheless."""
+    node = lookup(known, "engine")
+    return str(node.value) if node is not None and node.value in get_args(EngineName) else "vllm"
+
+
+def ignored_flags(sections: Mapping[str, Section]) -> str | None:
+    """One line about the vLLM flags that no engine here has a use for; None if there are none."""
+    by_engine: dict[str, dict[str, None]] = {}
+    for section in sections.values():
+        if isinstance(section.config, WorkerConfig) and section.config.engine_args_ignored:
+            by_engine.setdefault(section.config.engine, {}).update(dict.fromkeys(section.config.engine_args_ignored))
+    if not by_engine:
+        return None
+    parts = [f"the {engine} engine has no use for {', '.join(flags)}" for engine, flags in by_engine.items()]
+    return f"{'; '.join(parts)}: accepted and ignored"
 
 
 def _served_model_name(configuration: Configuration) -> str | None:

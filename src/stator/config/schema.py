@@ -28,8 +28,13 @@ _Model = Annotated[str, Meta(min_length=1, description="A model's directory, or 
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
     """What one process of the service needs."""
 
-    gpu: Annotated[int, Meta(ge=0, description="GPUs for each process.", extra={"unit": "GPUs"})] = 0
-    cpu: Annotated[float, Meta(gt=0, description="CPU cores for each process.", extra={"unit": "cores"})] | None = None
+    gpu: Annotated[
+        float, Meta(ge=0, description="GPUs for each process; 0.5 shares one with others.", extra={"unit": "GPUs"})
+    ] = 0
+    cpu: (
+        Annotated[float, Meta(gt=0, description="CPU cores for each process: its threads.", extra={"unit": "cores"})]
+        | None
+    ) = None
 
 
 class ServiceArgs(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,8 +93,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What decode and prefill workers have in common.
 
-    engine_args: every other key of the section, dashes as underscores, values as written. engine_arg_origins: where
-    each was written, for the engine's errors.
+    engine_args: every other key of the section, dashes as underscores, checked. engine_arg_origins: where each was
+    written, for the engine's errors. engine_args_ignored: vLLM flags that this engine has no use for.
     """
 
     model: _Model
@@ -100,6 +105,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ) = None
     engine_args: dict[str, Any] = {}
     engine_arg_origins: dict[str, str] = {}
+    engine_args_ignored: tuple[str, ...] = ()
 
     def engine_values(self) -> dict[str, Any]:
         """All that the engine is told: its own flags, and the options of ours that it shares."""

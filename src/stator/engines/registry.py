@@ -19,6 +19,25 @@ def create_engine(name: str, values: Mapping[str, Any]) -> Engine:
     return factory(values)
 
 
+def engine_names() -> list[str]:
+    """The engines that this version has."""
+    return sorted(_ENGINES)
+
+
+def own_flags(name: str) -> tuple[frozenset[str], frozenset[str]] | None:
+    """The flags, with underscores, that an engine takes, and others that it accepts though they mean nothing to it.
+
+    None for an engine that takes vLLM's.
+    """
+    if name != "local":
+        return None
+    from msgspec.structs import fields
+
+    from stator.engines.local.args import WITHOUT_MEANING_HERE, LocalEngineArgs
+
+    return frozenset(field.name for field in fields(LocalEngineArgs)), WITHOUT_MEANING_HERE
+
+
 def _local(values: Mapping[str, Any]) -> Engine:
     from stator.engines.local.args import args_from_section
     from stator.engines.local.engine import LocalEngine
