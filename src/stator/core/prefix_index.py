@@ -38,6 +38,7 @@ TOUCHED = 1
 DEFAULT_MAX_ENTRIES = 8_000_000
 MAX_INTERNED = 65_536
 FEW_HOLDERS = 24
+MAX_NAMED_MASKS = 256
 KEY_BYTES = 48
 """What CPython allocates for a 64-bit integer."""
 
@@ -69,6 +70,7 @@ class PrefixIndex(Generic[K]):
         self._shards: list[dict[int, int]] = [{} for _ in range(NUM_SHARDS)]
         self._interned: dict[int, int] = {}
         self._names: list[K | None] = [None]
+        self._names_by_mask: dict[int, tuple[K, ...]] = {}
         self._free: list[int] = []
         self._retired: list[int] = []
         self._sweeping: list[int] = []
@@ -176,21 +178,20 @@ class PrefixIndex(Generic[K]):
         stride = self.stride
         if stride > 1:
             hashes = hashes[stride - 1 :: stride]
-        result: dict[K, int] = {}
         if not hashes:
-            return result
+            return {}
         holders = self._shards[hashes[0] & SHARD_MASK].get(hashes[0], 0) & self._shown
         if not holders:
-            return result
+            return {}
         tight = self._closed & ~self._holed
-        self._gallop(hashes, holders & tight, result)
+        result = self._gallop(hashes, holders & tight, {})
         if holders & ~tight:
-            self._walk(hashes, holders & ~tight, result)
+            result = self._walk(hashes, holders & ~tight, result)
         if self._nearly_full:
             self._touch(hashes[: max(result.values()) // stride])
         return result
 
-    def _gallop(self, hashes: Sequence[int], holders: int, result: dict[K, int]) -> None:
+    def _gallop(self, hashes: Sequence[int], holders: int, result: dict[K, int]) -> dict[K, int]:
         """holders: a non-strict subset of those of the first block, none of which has holes."""
         shards = self._shards
         num_hashes = len(hashes)
@@ -218,36 +219,49 @@ class PrefixIndex(Generic[K]):
             if low < num_hashes:
                 block_hash = hashes[low]
                 stayers = shards[block_hash & SHARD_MASK].get(block_hash, 0) & holders
-            self._report(holders ^ stayers, low, result)
+            result = self._report(holders, stayers, low, result)
             holders = stayers
             depth = low + 1
+        return result
 
-    def _walk(self, hashes: Sequence[int], holders: int, result: dict[K, int]) -> None:
+    def _walk(self, hashes: Sequence[int], holders: int, result: dict[K, int]) -> dict[K, int]:
         """The same for holders of the first block that may have holes."""
         shards = self._shards
         for depth in range(1, len(hashes)):
             block_hash = hashes[depth]
             stayers = shards[block_hash & SHARD_MASK].get(block_hash, 0) & holders
             if stayers != holders:
-                self._report(holders ^ stayers, depth, result)
+                result = self._report(holders, stayers, depth, result)
                 holders = stayers
                 if not holders:
-                    return
-        self._report(holders, len(hashes), result)
+                    return result
+        return self._report(holders, 0, len(hashes), result)
 
-    def _report(self, holders: int, depth: int, result: dict[K, int]) -> None:
-        names = self._names
+    def _report(self, holders: int, stayers: int, depth: int, result: dict[K, int]) -> dict[K, int]:
+        """Add those of holders that are no stayers, and perhaps stayers too: they are reported again, deeper."""
+        leavers = holders ^ stayers
         num_blocks = depth * self.stride
-        if holders.bit_count() > FEW_HOLDERS:
+        num_leavers = leavers.bit_count()
+        if num_leavers > FEW_HOLDERS:
+            # The holders of a popular prefix are the same from lookup to lookup, those that leave it are not.
+            many = holders if 2 * num_leavers >= holders.bit_count() else leavers
+            found = dict.fromkeys(self._names_of(many), num_blocks)
+            return result | found if result else found
+        names = self._names
+        while leavers:
+            lowest = leavers & -leavers
+            leavers ^= lowest
+            result[cast("K", names[lowest.bit_length() - 1])] = num_blocks
+        return result
+
+    def _names_of(self, holders: int) -> tuple[K, ...]:
+        known = self._names_by_mask.get(holders)
+        if known is None:
+            if len(self._names_by_mask) >= MAX_NAMED_MASKS:
+                self._names_by_mask.clear()
             flags = format(holders, "b")[::-1].encode().translate(_BITS_TO_FLAGS)
-            result.update(dict.fromkeys(compress(cast("list[K]", names), flags), num_blocks))
-            return
-        while holders:
-            lowest = holders & -holders
-            holders ^= lowest
-            name = names[lowest.bit_length() - 1]
-            assert name is not None, "a shown position has a name"
-            result[name] = num_blocks
+            known = self._names_by_mask[holders] = tuple(compress(cast("list[K]", self._names), flags))
+        return known
 
     # Room.
 
@@ -379,5 +393,7 @@ class PrefixIndex(Generic[K]):
         self._closed &= others
         self._holed &= others
         self._names[holder.position] = None
+        # A mask of shown holders never has the bits of a position that is free, but it may be taken again.
+        self._names_by_mask.clear()
         self._retired.append(holder.position)
         holder.bit = 0
