@@ -45,6 +45,10 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Without a timeout: on a clock that jumps it would pass before any thread could end."""
+        await super().shutdown_default_executor()
+
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """asyncio.run on a VirtualClockLoop."""
