@@ -1,16 +1,17 @@
 """Turns OpenAI requests into token ids and token ids into text."""
 
-from functools import partial
 from random import Random
 
 from components.router import Router
 from components.worker import VllmWorker
-from stator import processor
+from stator import processor, worker
 from stator.config.models import resolve_model
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 from stator.messages.processor import CompletionDelta
-from stator.router import LocalRouter
+from stator.messages.reports import ReportRequest, WorkerReport
+from stator.messages.routing import DecisionRecord, DecisionsRequest
+from stator.router import LinkedRouter, LocalRouter
 from stator.transport import Call
 
 
@@ -24,27 +25,20 @@ class Processor:
         config = context.config
         model_dir = resolve_model(config.model)
         # A graph without a Router still needs somebody to choose the worker: then it is done here.
-        self.local_router = None if self.router.linked else self.choose_here(context)
+        self.routes = LinkedRouter(context.client, self.router.target) if self.router.linked else choose_here(context)
         self.processor = processor.Processor(
             model_names=[config.served_model_name or config.model],
             tokenizer=processor.ModelTokenizer.load(model_dir),
             block_size=config.block_size,
             max_model_len=config.max_model_len or processor.context_length(model_dir),
             client=context.client,
-            router=self.local_router.target if self.local_router else partial(self.router.target, "route"),
+            router=self.routes.target,
             rng=Random(),
             settings=processor.ProcessorSettings(migration_limit=config.migration_limit),
             defaults=processor.SamplingDefaults.load(model_dir),
         )
-
-    def choose_here(self, context: ServiceContext) -> LocalRouter:
-        return LocalRouter(
-            instance_id=context.instance_id,
-            server=context.server,
-            directory=context.directory,
-            config=context.config,
-            rng=Random(),
-        )
+        self.reporter = worker.Reporter(self.routes.report)
+        self.reporter.start()
 
     @endpoint(request=ChatCompletionRequest, item=CompletionDelta)
     def chat(self, call: Call) -> None:
@@ -54,12 +48,33 @@ class Processor:
     def completions(self, call: Call) -> None:
         self.processor.completions(call)
 
+    @endpoint(request=DecisionsRequest, item=DecisionRecord)
+    def decisions(self, call: Call) -> None:
+        """The last decisions of the router that this Processor asks, and why they were made."""
+        self.routes.decisions(call)
+
+    @endpoint(request=ReportRequest, item=WorkerReport)
+    def report(self, call: Call) -> None:
+        """The figures of the router here, if there is one, once a second."""
+        self.reporter.report(call)
+
     @on_drain
     async def drain(self) -> None:
         await self.processor.drain()
 
     @on_stop
     async def stop(self) -> None:
+        self.reporter.close()
         await self.processor.close()
-        if self.local_router:
-            self.local_router.close()
+        self.routes.close()
+
+
+def choose_here(context: ServiceContext) -> LocalRouter:
+    return LocalRouter(
+        instance_id=context.instance_id,
+        client=context.client,
+        server=context.server,
+        directory=context.directory,
+        config=context.config,
+        rng=Random(),
+    )

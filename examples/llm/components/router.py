@@ -3,9 +3,11 @@
 from random import Random
 
 from components.worker import VllmWorker
-from stator import router
+from stator import router, worker
 from stator.graph import ServiceContext, depends, endpoint, on_start, on_stop, service
 from stator.messages.processor import RouteDecision, RouteRequest
+from stator.messages.reports import ReportRequest, WorkerReport
+from stator.messages.routing import DecisionRecord, DecisionsRequest, RouteObservations
 from stator.transport import Call
 
 
@@ -16,17 +18,36 @@ class Router:
     @on_start
     async def start(self, context: ServiceContext) -> None:
         self.routes = router.Router(
+            client=context.client,
             directory=context.directory,
             mode=router.router_mode(context.config.mode),
             min_workers=context.config.min_workers,
             rng=Random(),
         )
+        self.reporter = worker.Reporter(self.routes.report)
+        self.reporter.start()
 
     @endpoint(request=RouteRequest, item=RouteDecision)
     def route(self, call: Call) -> None:
         """One decision; the call stays open as the booking of the load."""
         self.routes.route(call)
 
+    @endpoint(request=RouteObservations, item=None)
+    def observe(self, call: Call) -> None:
+        """What became of decisions: cached tokens, lengths, failures."""
+        self.routes.observe(call)
+
+    @endpoint(request=DecisionsRequest, item=DecisionRecord)
+    def decisions(self, call: Call) -> None:
+        """The last decisions, and why they were made."""
+        self.routes.decisions(call)
+
+    @endpoint(request=ReportRequest, item=WorkerReport)
+    def report(self, call: Call) -> None:
+        """This router's figures, once a second."""
+        self.reporter.report(call)
+
     @on_stop
     async def stop(self) -> None:
+        self.reporter.close()
         self.routes.close()

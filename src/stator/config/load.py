@@ -280,9 +280,6 @@ def _connector(
 
 
 def _notices(name: str, config: Any, children: dict[str, Node], notices: list[str]) -> None:
-    option = {"Processor": "router", "Router": "mode"}.get(name)
-    if option is not None and getattr(config, option, None) == "kv":
-        notices.append("router: kv balances by load in this version (least-loaded); prefix-aware routing follows")
     if name == "Frontend":
         ignored = [lookup(children, key) for key in ("endpoint", "endpoint_chat", "endpoint_completions")]
         notices.extend(

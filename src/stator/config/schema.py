@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from stator.core.routing import RouterMode
 from stator.errors import ConfigError
 
 RouterName = Literal["kv", "round-robin", "random", "least-loaded"]
@@ -159,8 +158,3 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
 COMMON_SECTION = "Common"
 SERVICE_ARGS = "ServiceArgs"
 COMMON_CONFIGS = "common_configs"
-
-
-def routing_mode(name: RouterName | None) -> RouterMode:
-    """The policy behind a `router` or `mode` option. `kv` balances by load until the KV-aware router exists."""
-    return RouterMode.LEAST_LOADED if name in (None, "kv") else RouterMode(name)

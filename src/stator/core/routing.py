@@ -1,22 +1,46 @@
 """Which decode instance a request goes to. Pure: the instances, the open bookings and a random source are its state.
 
 A booking is made with the choice, so that a burst of requests sees each other's load at once, and is released when
-the Processor's call ends. Modes: `round-robin` takes the instances in turn, `random` any, `least-loaded` the one with
-the smallest share of its capacity booked (ties: fewer booked prompt tokens, then random). All modes see the same
-candidates: ready instances of the model, less the excluded ones; if only excluded ones are left they are used again,
-since a second try on a recovered instance beats a refusal.
+the Processor's call ends. Modes: `kv` takes the least predicted cost (`core.cost`), `round-robin` the instances in
+turn, `random` any, `least-loaded` the one with the smallest share of its capacity booked (ties: fewer booked prompt
+tokens, then random). All modes see the same candidates: ready instances of the model, less the excluded ones; if only
+excluded ones are left they are used again, since a second try on a recovered instance beats a refusal.
+
+In `kv` mode the instance that had a session's last request is preferred by AFFINITY of what the whole prompt's prefill
+costs: enough to decide between equals, not enough to wait for. Costs that differ by less than the prefill of a part of
+a block are taken as equal: the prediction is no better than that. Of equals the one with least load is taken, then the
+one with least work in the last while, then any.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random
+from typing import NamedTuple
 
+from stator.core.booked_blocks import BookedBlocks
+from stator.core.cost import Quote, StepTime
+from stator.core.overlap_check import OverlapCheck
+from stator.core.routing_memory import OutputLengths, Sessions
+from stator.core.worker_load import WorkerLoad
 from stator.ids import InstanceId
 from stator.messages.processor import RouteRequest
+from stator.messages.routing import CandidateTerms
+
+AFFINITY = 0.1
+NEARLY_EQUAL = 0.5
+"""Of a block's prefill: less than what one more cached block is worth, so that no overlap is given up for a tie."""
+
+STALE_TRUST = 0.5
+"""What overlap counts at a worker whose event stream is interrupted: its old view is served on."""
+
+MAX_EXPLAINED = 8
+BOOKED_MS = 500.0
+"""Booked blocks stay for twice the predicted time to first token and that long: events take their time."""
 
 
 class RouterMode(StrEnum):
+    KV = "kv"
     ROUND_ROBIN = "round-robin"
     RANDOM = "random"
     LEAST_LOADED = "least-loaded"
@@ -24,87 +48,319 @@ class RouterMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """max_num_seqs: sequences its engine runs at once, its capacity here."""
+    """max_num_seqs: sequences its engine runs at once, its capacity here. block_size: tokens."""
 
     instance_id: InstanceId
     max_num_seqs: int = 1
+    block_size: int = 64
+    step_time: StepTime = field(default_factory=lambda: StepTime(0, 0, 0, 0, 0, 0))
 
 
-@dataclass(slots=True)
-class Booked:
-    """Load that this router has sent to an instance and that has not ended."""
+class Overlap(NamedTuple):
+    """blocks: held by the worker's own events. booked: with those that are being computed. tokens: what counts."""
 
-    num_requests: int = 0
-    num_prompt_tokens: int = 0
+    blocks: int = 0
+    booked: int = 0
+    tokens: float = 0.0
+    trust: float = 1.0
+
+
+NO_OVERLAP = Overlap()
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """terms: what the winner was compared by, per candidate, for explaining the decision."""
+    """cost_ms: the winner's; 0 in modes that predict none. num_candidates: how many there were."""
 
     winner: InstanceId
     mode: RouterMode
-    terms: dict[InstanceId, tuple[float, int]]
+    booking: int
+    overlap: Overlap
+    cost_ms: float
+    candidates: list[CandidateTerms]
+    num_candidates: int
+    expected_output_tokens: int
 
 
 @dataclass(slots=True)
-class Bookings:
-    by_instance: dict[InstanceId, Booked] = field(default_factory=dict[InstanceId, Booked])
+class Booking:
+    """An open one."""
 
-    def of(self, instance_id: InstanceId) -> Booked:
-        return self.by_instance.get(instance_id) or Booked()
-
-    def add(self, instance_id: InstanceId, num_prompt_tokens: int) -> None:
-        booked = self.by_instance.setdefault(instance_id, Booked())
-        booked.num_requests += 1
-        booked.num_prompt_tokens += num_prompt_tokens
-
-    def release(self, instance_id: InstanceId, num_prompt_tokens: int) -> None:
-        booked = self.by_instance[instance_id]
-        booked.num_requests -= 1
-        booked.num_prompt_tokens -= num_prompt_tokens
-        if not booked.num_requests:
-            del self.by_instance[instance_id]
-
-
+    winner: InstanceId
+    request: RouteRequest
+    started: bool = False
 
 
 class RoutingCore:
-    """One router's decisions. Not thread-safe; every method is a plain state change."""
+    """One router's decisions. Not thread-safe; every method is a plain state change. Times are milliseconds of one
+    monotonic clock."""
 
     def __init__(self, mode: RouterMode, rng: Random) -> None:
         self.mode = mode
-        self.bookings = Bookings()
+        self.check = OverlapCheck()
         self._rng = rng
         self._last: InstanceId | None = None
+        self._num_bookings = 0
+        self._open: dict[int, Booking] = {}
+        self._loads: dict[InstanceId, WorkerLoad] = {}
+        self._booked_blocks = BookedBlocks()
+        self._sessions = Sessions()
+        self._lengths = OutputLengths()
 
-    def choose(self, request: RouteRequest, candidates: Sequence[Candidate]) -> Choice | None:
-        """Pick and book. None if there is no candidate. Release with `release(winner, request)` exactly once."""
+    @property
+    def num_bookings(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_booked_blocks(self) -> int:
+        return self._booked_blocks.num_entries
+
+    def load(self, instance_id: InstanceId) -> WorkerLoad:
+        load = self._loads.get(instance_id)
+        if load is None:
+            load = self._loads[instance_id] = WorkerLoad()
+        return load
+
+    def choose(
+        self,
+        request: RouteRequest,
+        candidates: Sequence[Candidate],
+        now: float,
+        *,
+        held: Mapping[InstanceId, int] | None = None,
+        trusted: Callable[[InstanceId], bool] = lambda _: True,
+    ) -> Choice | None:
+        """Pick and book. None if there is no candidate. Call `release` with the booking exactly once.
+
+        held: leading blocks of the prompt at each instance. trusted: whether that view is up to date.
+        """
         eligible = [c for c in candidates if c.instance_id not in request.exclude] or list(candidates)
         if not eligible:
             return None
-        terms = {c.instance_id: self._terms(c) for c in eligible}
-        winner = self._pick(eligible, terms)
-        self.bookings.add(winner, request.num_prompt_tokens)
-        return Choice(winner, self.mode, terms)
+        expected = self._lengths.expected(request.model, request.max_tokens)
+        overlaps = self._overlaps(request, held or {}, trusted, eligible, now)
+        scores = _Scores(self, request, expected, overlaps, now)
+        if self.mode is RouterMode.KV:
+            totals = scores.totals(eligible)
+            winner = self._cheapest(eligible, totals, now)
+        else:
+            totals = [0.0] * len(eligible)
+            winner = self._by_mode(eligible)
+        explained = scores.explain(eligible, totals, winner)
+        self._book(request, winner, scores, now)
+        return Choice(
+            winner=winner.instance_id,
+            mode=self.mode,
+            booking=self._num_bookings,
+            overlap=overlaps.get(winner.instance_id, NO_OVERLAP),
+            cost_ms=next(terms.total_ms for terms in explained if terms.instance_id == winner.instance_id),
+            candidates=explained,
+            num_candidates=len(eligible),
+            expected_output_tokens=expected,
+        )
 
-    def release(self, winner: InstanceId, request: RouteRequest) -> None:
-        self.bookings.release(winner, request.num_prompt_tokens)
+    def first_token(self, booking: int, now: float) -> None:
+        """Unknown bookings, those that were released, are ignored."""
+        if (known := self._open.get(booking)) is not None:
+            known.started = True
+            if (load := self._loads.get(known.winner)) is not None:
+                load.first_token(booking, now)
 
-    def _terms(self, candidate: Candidate) -> tuple[float, int]:
-        booked = self.bookings.of(candidate.instance_id)
-        return booked.num_requests / max(1, candidate.max_num_seqs), booked.num_prompt_tokens
+    def failed(self, booking: int) -> None:
+        """The request ended there before its first token: its blocks will not come."""
+        if (known := self._open.get(booking)) is not None and not known.started:
+            self._booked_blocks.revoke(known.winner, known.request.block_hashes)
 
-    def _pick(self, eligible: Sequence[Candidate], terms: dict[InstanceId, tuple[float, int]]) -> InstanceId:
+    def finished(self, model: str, num_output_tokens: int) -> None:
+        self._lengths.add(model, num_output_tokens)
+
+    def release(self, booking: int, now: float) -> None:
+        known = self._open.pop(booking, None)
+        if known is not None and (load := self._loads.get(known.winner)) is not None:
+            load.release(booking, now)
+
+    def drop_worker(self, instance_id: InstanceId) -> None:
+        """It is gone. Bookings on it stay open until they are released, and count for nothing."""
+        self._loads.pop(instance_id, None)
+        self._booked_blocks.drop_worker(instance_id)
+        self.check.drop(instance_id)
+
+    # Overlap
+
+    def _overlaps(
+        self,
+        request: RouteRequest,
+        held: Mapping[InstanceId, int],
+        trusted: Callable[[InstanceId], bool],
+        eligible: Sequence[Candidate],
+        now: float,
+    ) -> dict[InstanceId, Overlap]:
+        booked = self._booked_blocks.overlaps(request.block_hashes, now) if self.mode is RouterMode.KV else {}
+        if not held and not booked:
+            return {}
+        overlaps: dict[InstanceId, Overlap] = {}
+        for candidate in eligible:
+            instance_id = candidate.instance_id
+            blocks = held.get(instance_id, 0)
+            most = max(blocks, booked.get(instance_id, 0))
+            if most:
+                trust = self.check.trust(instance_id) * (1.0 if trusted(instance_id) else STALE_TRUST)
+                overlaps[instance_id] = Overlap(blocks, most, most * candidate.block_size * trust, trust)
+        return overlaps
+
+    # The pick
+
+    def _cheapest(self, eligible: Sequence[Candidate], totals: list[float], now: float) -> Candidate:
+        least = min(totals)
+        first = eligible[totals.index(least)]
+        bound = least + NEARLY_EQUAL * first.block_size * first.step_time.b
+        equal = [c for c, total in zip(eligible, totals, strict=True) if total <= bound]
+        if len(equal) == 1:
+            return equal[0]
+        keys = [self._load_key(c, now) for c in equal]
+        best = min(keys)
+        return self._rng.choice([c for c, key in zip(equal, keys, strict=True) if key == best])
+
+    def _load_key(self, candidate: Candidate, now: float) -> tuple[float, float]:
+        load = self.load(candidate.instance_id)
+        return load.num_streams / max(1, candidate.max_num_seqs), load.recent_ms(now)
+
+    def _by_mode(self, eligible: Sequence[Candidate]) -> Candidate:
         if self.mode is RouterMode.RANDOM:
-            return self._rng.choice(eligible).instance_id
+            return self._rng.choice(eligible)
         if self.mode is RouterMode.ROUND_ROBIN:
-            return self._next_in_turn(sorted(c.instance_id for c in eligible))
-        best = min(terms.values())
-        return self._rng.choice([c.instance_id for c in eligible if terms[c.instance_id] == best])
+            return self._next_in_turn(sorted(eligible, key=lambda c: c.instance_id))
+        keys = [self._booked_share(c) for c in eligible]
+        best = min(keys)
+        return self._rng.choice([c for c, key in zip(eligible, keys, strict=True) if key == best])
 
-    def _next_in_turn(self, ids: Sequence[InstanceId]) -> InstanceId:
+    def _booked_share(self, candidate: Candidate) -> tuple[float, int]:
+        load = self.load(candidate.instance_id)
+        return load.num_streams / max(1, candidate.max_num_seqs), load.prompt_tokens
+
+    def _next_in_turn(self, ordered: Sequence[Candidate]) -> Candidate:
         # By id, not by index: the turn survives instances that come and go.
-        after = [i for i in ids if self._last is not None and i > self._last]
-        self._last = after[0] if after else ids[0]
-        return self._last
+        after = [c for c in ordered if self._last is not None and c.instance_id > self._last]
+        chosen = after[0] if after else ordered[0]
+        self._last = chosen.instance_id
+        return chosen
+
+    # The booking
+
+    def _book(self, request: RouteRequest, winner: Candidate, scores: "_Scores", now: float) -> None:
+        self._num_bookings += 1
+        self._open[self._num_bookings] = Booking(winner.instance_id, request)
+        load = self.load(winner.instance_id)
+        quote, overlap = scores.quote(winner), scores.overlap(winner)
+        prefill_ms = quote.prefill_ms(overlap.tokens)
+        if self.mode is RouterMode.KV:
+            first_token_ms = load.prefill_queue_ms(now) + prefill_ms
+            self._booked_blocks.add(winner.instance_id, request.block_hashes, now + 2 * first_token_ms + BOOKED_MS)
+        load.book(
+            self._num_bookings,
+            now,
+            prefill_ms=prefill_ms,
+            work_ms=prefill_ms + quote.per_stream,
+            kv_tokens=request.num_prompt_tokens + scores.expected / 2,
+            prompt_tokens=request.num_prompt_tokens,
+        )
+        if request.session_id is not None:
+            self._sessions.put(request.session_id, winner.instance_id)
+
+    def session_instance(self, request: RouteRequest) -> InstanceId | None:
+        return None if request.session_id is None else self._sessions.get(request.session_id)
+
+
+class _Scores:
+    """The candidates of one request, priced. Quotes are shared by the workers of one step time."""
+
+    __slots__ = ("_core", "_now", "_overlaps", "_quotes", "_request", "_session", "expected")
+
+    def __init__(
+        self,
+        core: RoutingCore,
+        request: RouteRequest,
+        expected: int,
+        overlaps: dict[InstanceId, Overlap],
+        now: float,
+    ) -> None:
+        self.expected = expected
+        self._core = core
+        self._request = request
+        self._overlaps = overlaps
+        self._now = now
+        self._quotes: dict[int, tuple[StepTime, Quote]] = {}
+        self._session = core.session_instance(request)
+
+    def quote(self, candidate: Candidate) -> Quote:
+        # By identity: hashing six floats for each of a thousand candidates costs more than the rest. The step time is
+        # kept beside its quote, so that an id stays taken.
+        step_time = candidate.step_time
+        known = self._quotes.get(id(step_time))
+        if known is None:
+            known = (step_time, Quote(step_time, self._request.num_prompt_tokens, self.expected))
+            self._quotes[id(step_time)] = known
+        return known[1]
+
+    def overlap(self, candidate: Candidate) -> Overlap:
+        return self._overlaps.get(candidate.instance_id, NO_OVERLAP)
+
+    def totals(self, eligible: Sequence[Candidate]) -> list[float]:
+        """The hot loop."""
+        core, overlaps, now, session = self._core, self._overlaps, self._now, self._session
+        totals: list[float] = []
+        for candidate in eligible:
+            instance_id = candidate.instance_id
+            load = core.load(instance_id)
+            quote = self.quote(candidate)
+            overlap = overlaps.get(instance_id)
+            total = quote.total_ms(
+                0.0 if overlap is None else overlap.tokens,
+                load.queue_ms(now, candidate.max_num_seqs, self.expected * quote.step_ms),
+                load.num_streams + load.others(now)[0],
+                load.kv_tokens,
+                load.local_share,
+            )
+            totals.append(total - AFFINITY * quote.prefill_ms(0.0) if instance_id == session else total)
+        return totals
+
+    def explain(self, eligible: Sequence[Candidate], totals: list[float], winner: Candidate) -> list[CandidateTerms]:
+        """Terms of the MAX_EXPLAINED cheapest, the winner among them, cheapest first."""
+        order = range(len(eligible))
+        if self._core.mode is RouterMode.KV:
+            order = sorted(order, key=totals.__getitem__)
+        shown = [eligible[index] for index in order[:MAX_EXPLAINED]]
+        if winner not in shown:
+            shown[-1] = winner
+        return [self._terms(candidate) for candidate in shown]
+
+    def _terms(self, candidate: Candidate) -> CandidateTerms:
+        load, overlap = self._core.load(candidate.instance_id), self.overlap(candidate)
+        share = load.num_streams / max(1, candidate.max_num_seqs)
+        if self._core.mode is not RouterMode.KV:
+            return CandidateTerms(
+                candidate.instance_id, 0.0, overlap.blocks, num_streams=load.num_streams, load=round(share, 4)
+            )
+        quote = self.quote(candidate)
+        terms = quote.terms(
+            overlap.tokens,
+            load.queue_ms(self._now, candidate.max_num_seqs, self.expected * quote.step_ms),
+            load.num_streams + load.others(self._now)[0],
+            load.kv_tokens,
+            load.local_share,
+            -AFFINITY * quote.prefill_ms(0.0) if candidate.instance_id == self._session else 0.0,
+        )
+        return CandidateTerms(
+            instance_id=candidate.instance_id,
+            total_ms=terms.total_ms,
+            overlap_blocks=overlap.blocks,
+            booked_blocks=overlap.booked,
+            trust=overlap.trust,
+            queue_ms=terms.queue_ms,
+            prefill_ms=terms.prefill_ms,
+            decode_ms=terms.decode_ms,
+            harm_ms=terms.harm_ms,
+            affinity_ms=terms.affinity_ms,
+            num_streams=load.num_streams,
+            load=share,
+        )

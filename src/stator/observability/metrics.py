@@ -6,7 +6,7 @@ process). It is written to and rendered on one event loop and takes no locks of 
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -18,11 +18,14 @@ from prometheus_client.registry import Collector
 from stator.ids import InstanceId
 from stator.messages.engine import EngineLoad
 from stator.messages.instances import InstanceInfo
-from stator.messages.reports import WorkerReport
+from stator.messages.reports import DECISION_S, DIFFERENCE_BLOCKS, RouterStats, WorkerReport
 from stator.observability.stats import WorkerRates, worker_rates
 from stator.runtime.context import loop_time
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+WITHOUT_ENGINE = frozenset({"router", "processor"})
+"""Roles whose reports say nothing about an engine."""
+
 OTHER = "other"
 """The label value for everything a caller could invent."""
 
@@ -103,6 +106,33 @@ WORKER_METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("prefill_queue_size", _G, "Prefill jobs that nobody has taken: the most that any worker reports."),
 )
 
+_ROUTER = ("router",)
+
+ROUTER_METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec("route_decisions_total", _C, "Decisions of a router, by mode.", (*_ROUTER, "mode")),
+    MetricSpec("route_decision_seconds", _T, "Time that a decision took in the router.", _ROUTER, DECISION_S),
+    MetricSpec("router_bookings", _G, "Requests that a router has sent to workers and that have not ended.", _ROUTER),
+    MetricSpec(
+        "router_overlap_predictions_total",
+        _C,
+        "Predicted overlaps that were compared with the engine's cached tokens: exact, over (predicted more) or "
+        "under. basis: events (of workers), booked (blocks that were being computed), unsettled (events interrupted).",
+        (*_ROUTER, "outcome", "basis"),
+    ),
+    MetricSpec(
+        "router_overlap_difference_blocks",
+        _T,
+        "Distance of a predicted overlap from what the engine had cached, in blocks.",
+        _ROUTER,
+        DIFFERENCE_BLOCKS,
+    ),
+    MetricSpec("router_index_blocks", _G, "Block hashes in a router's prefix index.", _ROUTER),
+    MetricSpec("router_index_bytes", _G, "Memory of a router's prefix index, estimated.", _ROUTER),
+    MetricSpec("router_index_workers", _G, "Workers whose KV events a router follows.", _ROUTER),
+    MetricSpec("router_index_settled_workers", _G, "Those of them whose view is up to date.", _ROUTER),
+    MetricSpec("router_index_gaps_total", _C, "Event streams with a loss, which were read anew.", _ROUTER),
+)
+
 PREFILL_OUTCOMES = frozenset({"remote", "local", "fallback", "done", "failed", "unwanted"})
 
 
@@ -135,6 +165,14 @@ class TalliedHistogram(Collector):
             whole = self._sums[labels] = self.tally()
         whole.counts = [have + more for have, more in zip(whole.counts, tally.counts, strict=True)]
         whole.total += tally.total
+
+    def take(self, labels: tuple[str, ...], counts: Sequence[int], total: float) -> None:
+        """Counts made elsewhere, of a peer's message: ignored if they do not fit the buckets."""
+        tally = self.tally()
+        if len(counts) == len(tally.counts):
+            tally.counts = list(counts)
+            tally.total = total
+            self.add(labels, tally)
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(f"stator_{self._spec.name}", self._spec.help, labels=self._spec.labels)
@@ -172,9 +210,14 @@ class WorkerCollector(Collector):
     def __init__(self, clock: Callable[[], float] = loop_time) -> None:
         self._clock = clock
         self._workers: dict[InstanceId, _Worker] = {}
+        self._routers: dict[InstanceId, RouterStats] = {}
 
     def update(self, instance: InstanceInfo, report: WorkerReport) -> None:
         """Throughputs are averages over the last RATE_WINDOW_S."""
+        if report.router is not None:
+            self._routers[instance.instance_id] = report.router
+        if instance.role in WITHOUT_ENGINE:
+            return
         now = self._clock()
         worker = self._workers.get(instance.instance_id)
         if worker is None:
@@ -187,6 +230,7 @@ class WorkerCollector(Collector):
 
     def remove(self, instance_id: InstanceId) -> None:
         self._workers.pop(instance_id, None)
+        self._routers.pop(instance_id, None)
 
     def collect(self) -> Iterable[Metric]:
         families = {spec.name: _family(spec) for spec in WORKER_METRICS}
@@ -197,7 +241,31 @@ class WorkerCollector(Collector):
                 families["remote_prefill_total"].add_metric((*worker.labels, outcome), count)
         waiting = max((worker.report.queue_waiting for worker in self._workers.values()), default=0)
         families["prefill_queue_size"].add_metric((), waiting)
-        return families.values()
+        yield from families.values()
+        yield from router_families(self._routers)
+
+
+def router_families(routers: Mapping[InstanceId, RouterStats]) -> Iterable[Metric]:
+    plain = {spec.name: _family(spec) for spec in ROUTER_METRICS if spec.kind is not Kind.TALLIED}
+    tallied = {spec.name: TalliedHistogram(spec) for spec in ROUTER_METRICS if spec.kind is Kind.TALLIED}
+    for router, stats in routers.items():
+        for mode, count in stats.decisions.items():
+            plain["route_decisions_total"].add_metric((router, mode), count)
+        for outcome, by_basis in stats.predictions.items():
+            for basis, count in by_basis.items():
+                plain["router_overlap_predictions_total"].add_metric((router, outcome, basis), count)
+        plain["router_bookings"].add_metric((router,), stats.num_bookings)
+        if stats.index is not None:
+            plain["router_index_blocks"].add_metric((router,), stats.index.num_entries)
+            plain["router_index_bytes"].add_metric((router,), stats.index.num_bytes)
+            plain["router_index_workers"].add_metric((router,), stats.index.num_workers)
+            plain["router_index_settled_workers"].add_metric((router,), stats.index.num_settled)
+            plain["router_index_gaps_total"].add_metric((router,), stats.index.gaps_total)
+        tallied["route_decision_seconds"].take((router,), stats.decision_counts, stats.decision_sum_s)
+        tallied["router_overlap_difference_blocks"].take((router,), stats.difference_counts, stats.difference_sum)
+    yield from plain.values()
+    for histogram in tallied.values():
+        yield from histogram.collect()
 
 
 def _family(spec: MetricSpec) -> CounterMetricFamily | GaugeMetricFamily:

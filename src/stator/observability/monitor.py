@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from random import Random
 from typing import Any, Protocol
 
@@ -63,12 +63,24 @@ class _Subscription:
 
 
 class WorkerMonitor:
-    """Subscribes to the reports of every instance that has that endpoint, from construction to `close`."""
+    """Subscribes to the reports of every instance that has that endpoint, from construction to `close`.
 
-    def __init__(self, *, client: TransportClient, directory: InstanceDirectory, sink: ReportSink, rng: Random) -> None:
+    roles: only instances of these.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: TransportClient,
+        directory: InstanceDirectory,
+        sink: ReportSink,
+        rng: Random,
+        roles: Collection[str] | None = None,
+    ) -> None:
         self.client = client
         self.sink = sink
         self.rng = rng
+        self._roles = roles
         self._directory = directory
         self._subscriptions: dict[InstanceId, _Subscription] = {}
         self._unsubscribe: Callable[[], None] = directory.subscribe(self._on_change)
@@ -78,7 +90,7 @@ class WorkerMonitor:
         self._follow()
 
     def _follow(self) -> None:
-        live = {i.instance_id: i for i in self._directory.instances(ready_only=False) if REPORT_ENDPOINT in i.endpoints}
+        live = {i.instance_id: i for i in self._directory.instances(ready_only=False) if self._reports(i)}
         for instance_id in self._subscriptions.keys() - live.keys():
             self._subscriptions.pop(instance_id).close()
             self.sink.remove(instance_id)
@@ -88,6 +100,9 @@ class WorkerMonitor:
                 self._subscriptions[instance_id] = _Subscription(self, instance)
             else:
                 known.instance = instance
+
+    def _reports(self, instance: InstanceInfo) -> bool:
+        return REPORT_ENDPOINT in instance.endpoints and (self._roles is None or instance.role in self._roles)
 
     def close(self) -> None:
         self._unsubscribe()

@@ -12,14 +12,25 @@ failure that ends the request, or the client's call was cancelled (its deadline 
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from stator.core.continuation import Continuation, Finish, GiveUp, Retry
 from stator.errors import Ending, ErrorCode, StatorError
 from stator.ids import BlockHash, InstanceId
 from stator.messages.engine import EngineRequest, FinishReason, SamplingParams, TokenDelta
 from stator.messages.openai import PromptTokensDetails, Usage
-from stator.messages.processor import CompletionDelta, RouteDecision, RouteRequest
+from stator.messages.processor import (
+    EXPLAIN_HEADER,
+    SESSION_HEADER,
+    CompletionDelta,
+    RouteDecision,
+    RouteRequest,
+)
+from stator.messages.routing import RouteObservation
 from stator.messages.tokens import TokenBuffer, num_tokens, pack
+from stator.processor.feedback import RouteFeedback
 from stator.processor.output import OutputText
 from stator.transport.base import Call, StreamHandle, Target, TransportClient
 
@@ -55,6 +66,7 @@ class Generation:
         *,
         client: TransportClient,
         router: RouterTarget,
+        feedback: RouteFeedback,
         migration_limit: int,
         on_done: Callable[["Generation"], None],
     ) -> None:
@@ -63,6 +75,7 @@ class Generation:
         self._output = output
         self._client = client
         self._router = router
+        self._feedback = feedback
         self._on_done = on_done
         self._continuation = Continuation(
             migration_limit=migration_limit,
@@ -106,6 +119,7 @@ class Generation:
             max_tokens=request.sampling.max_tokens - len(received),
             block_hashes=list(request.block_hashes),
             exclude=self._continuation.exclude,
+            session_id=self._call.context.headers.get(SESSION_HEADER),
         )
         attempt = self._attempt = _Attempt(self)
         try:
@@ -113,12 +127,14 @@ class Generation:
         except StatorError as error:
             self.on_router_failure(attempt, error)
             return
+        attempt.router = target
         attempt.booking = self._client.open(
             target, route, _RouteSink(attempt), context=self._call.context, item_type=RouteDecision
         )
 
     def on_decision(self, attempt: "_Attempt", decision: RouteDecision) -> None:
         attempt.instance_id = decision.instance_id
+        attempt.decision = decision
         request = self._request
         engine_request = EngineRequest(
             request_id=self._call.context.request_id,
@@ -163,8 +179,8 @@ class Generation:
     def on_tokens(self, instance_id: InstanceId, deltas: Sequence[TokenDelta]) -> None:
         """All deltas of one frame become one CompletionDelta; several are there when this process was busy."""
         last = deltas[-1]
-        if self._num_cached is None:
-            self._num_cached = deltas[0].num_cached_tokens or 0
+        if self._attempt is not None and not self._attempt.started:
+            self._started(self._attempt, deltas[0])
         token_ids = last.token_ids if len(deltas) == 1 else [i for delta in deltas for i in delta.token_ids]
         output = self._output
         self._continuation.received += token_ids
@@ -180,9 +196,38 @@ class Generation:
         if output.stopped:
             self._finish(Ending.STOP, text, instance_id)
         elif not self._num_pushed and output.num_tokens:
-            self._push(CompletionDelta(text, output.num_tokens, instance_id=instance_id))
+            self._push(self._explained(CompletionDelta(text, output.num_tokens, instance_id=instance_id)))
         elif text:
             self._push(CompletionDelta(text, output.num_tokens - self._num_pushed))
+
+    def _started(self, attempt: "_Attempt", first: TokenDelta) -> None:
+        """The first tokens of an attempt are here: what the engine had cached is known."""
+        attempt.started = True
+        if self._num_cached is None:
+            self._num_cached = first.num_cached_tokens or 0
+        self._tell_router(
+            attempt,
+            num_cached_tokens=first.num_cached_tokens,
+            fetched=first.num_transferred_tokens > 0,
+            num_total_tokens=self._num_prompt_tokens + len(self._continuation.received),
+        )
+
+    def on_attempt_closed(self, attempt: "_Attempt") -> None:
+        if not attempt.started:
+            # Before the booking ends, with which the router forgets what it expected of this attempt.
+            self._tell_router(attempt, at_once=True, failed=True)
+
+    def _tell_router(self, attempt: "_Attempt", *, at_once: bool = False, **what: Any) -> None:
+        decision, router = attempt.decision, attempt.router
+        if decision is not None and decision.booking and router is not None:
+            self._feedback.add(router, RouteObservation(decision.booking, **what), at_once=at_once)
+
+    def _explained(self, delta: CompletionDelta) -> CompletionDelta:
+        """With the reasons of the route decision, if the client wants them."""
+        decision = None if self._attempt is None else self._attempt.decision
+        if decision is None or self._call.context.headers.get(EXPLAIN_HEADER) != "1":
+            return delta
+        return msgspec.structs.replace(delta, overlap_blocks=decision.overlap_blocks, cost_ms=decision.cost_ms)
 
     def _push(self, delta: CompletionDelta) -> None:
         self._num_pushed = self._output.num_tokens
@@ -200,6 +245,10 @@ class Generation:
         )
         first = instance_id if not self._num_pushed else None
         last = CompletionDelta(text, num_output - self._num_pushed, ending, usage, first)
+        if first is not None:
+            last = self._explained(last)
+        if self._attempt is not None:
+            self._tell_router(self._attempt, num_output_tokens=num_output)
         self._release()
         self._call.items((last,))
         self._call.end()
@@ -218,19 +267,23 @@ class Generation:
 class _Attempt:
     """The two streams of one attempt. Once closed, what still arrives on them is nobody's business."""
 
-    __slots__ = ("booking", "closed", "generation", "instance_id", "stream")
+    __slots__ = ("booking", "closed", "decision", "generation", "instance_id", "router", "started", "stream")
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
         self.booking: StreamHandle | None = None
         self.stream: StreamHandle | None = None
         self.instance_id: InstanceId | None = None
+        self.router: Target | None = None
+        self.decision: RouteDecision | None = None
+        self.started = False
         self.closed = False
 
     def close(self) -> None:
         if self.closed:
             return
         self.closed = True
+        self.generation.on_attempt_closed(self)
         if self.stream is not None:
             self.stream.cancel()
         if self.booking is not None:

@@ -17,6 +17,7 @@ from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 from stator.messages.tokens import TokenBuffer, num_tokens, pack
 from stator.processor import validation
 from stator.processor.chat_template import ChatTemplate
+from stator.processor.feedback import RouteFeedback
 from stator.processor.generation import Generation, GenerationRequest, RouterTarget
 from stator.processor.output import OutputText
 from stator.processor.tokenizer import ModelTokenizer
@@ -65,6 +66,7 @@ class Processor:
         self._max_model_len = max_model_len
         self._client = client
         self._router = router
+        self._feedback = RouteFeedback(client)
         self._rng = rng
         self._settings = settings or ProcessorSettings()
         self._defaults = defaults or SamplingDefaults()
@@ -107,6 +109,7 @@ class Processor:
         self._closed = True
         for generation in list(self._open):
             generation.end(_stopping())
+        self._feedback.close()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
         await self._idle.wait()
 
@@ -193,6 +196,7 @@ class Processor:
             output,
             client=self._client,
             router=self._router,
+            feedback=self._feedback,
             migration_limit=self._settings.migration_limit,
             on_done=self._done,
         )

@@ -8,11 +8,13 @@ from importlib.resources import files
 from typing import Any
 
 from stator.core.cost import StepTime, StepTimeRow, find_row
+from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo, EngineLoad
 
 MIN_FACTOR, MAX_FACTOR = 0.01, 100.0
 FACTOR_WEIGHT = 0.3
 MIN_STEPS = 5
+CHANGE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,36 +47,45 @@ def _step_time(row: Mapping[str, Any]) -> StepTime:
 
 
 class SpeedFactor:
-    """How much slower (above 1) than the fallback constants a worker is, by its own reports.
+    """How much slower (above 1) than the fallback constants the workers of one kind are, by their own reports.
 
-    Only intervals at whose both ends it had requests count: then it computed all the time, and what it computed should
-    have taken the interval's length. A short idle time in between makes it look a little slower than it is.
+    Only intervals at whose both ends a worker had requests count: then it computed all the time, and what it computed
+    should have taken the interval's length. A short idle time in between makes it look a little slower than it is.
+    `step_time` is a new object only after the factor has moved by CHANGE.
     """
 
     def __init__(self, base: StepTime) -> None:
-        self.factor = 1.0
+        self.step_time = base
         self._base = base
-        self._last: tuple[float, EngineLoad] | None = None
-        self._known = False
+        self._factor: float | None = None
+        self._applied = 1.0
+        self._last: dict[InstanceId, tuple[float, EngineLoad]] = {}
 
-    @property
-    def step_time(self) -> StepTime:
-        return self._base.scaled(self.factor)
-
-    def report(self, load: EngineLoad, now_ms: float) -> bool:
-        """Whether the factor changed."""
-        last, self._last = self._last, (now_ms, load)
+    def report(self, instance_id: InstanceId, load: EngineLoad, now_ms: float) -> bool:
+        """Whether `step_time` changed."""
+        last = self._last.get(instance_id)
+        self._last[instance_id] = (now_ms, load)
         if last is None or not last[1].num_running or not load.num_running:
             return False
-        then, before = last
-        steps = load.steps_total - before.steps_total
-        computed = load.prompt_tokens_computed_total - before.prompt_tokens_computed_total
-        generated = load.generation_tokens_total - before.generation_tokens_total
-        if steps < MIN_STEPS or computed < 0 or generated < 0:
+        factor = self._factor_of(load, last[1], now_ms - last[0])
+        if factor is None:
             return False
+        self._factor = factor if self._factor is None else self._factor + FACTOR_WEIGHT * (factor - self._factor)
+        if abs(self._factor / self._applied - 1) < CHANGE:
+            return False
+        self._applied = self._factor
+        self.step_time = self._base.scaled(self._factor)
+        return True
+
+    def _factor_of(self, after: EngineLoad, before: EngineLoad, interval_ms: float) -> float | None:
+        steps = after.steps_total - before.steps_total
+        computed = after.prompt_tokens_computed_total - before.prompt_tokens_computed_total
+        generated = after.generation_tokens_total - before.generation_tokens_total
+        if steps < MIN_STEPS or computed < 0 or generated < 0:
+            return None
         base = self._base
         predicted_ms = steps * base.d0 + computed * base.b + generated * base.d1
-        factor = min(MAX_FACTOR, max(MIN_FACTOR, (now_ms - then) / predicted_ms))
-        self.factor = self.factor + FACTOR_WEIGHT * (factor - self.factor) if self._known else factor
-        self._known = True
-        return True
+        return min(MAX_FACTOR, max(MIN_FACTOR, interval_ms / predicted_ms))
+
+    def forget(self, instance_id: InstanceId) -> None:
+        self._last.pop(instance_id, None)

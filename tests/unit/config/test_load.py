@@ -13,9 +13,7 @@ from stator.config.schema import (
     ProcessorConfig,
     RouterConfig,
     VllmWorkerConfig,
-    routing_mode,
 )
-from stator.core.routing import RouterMode
 from stator.errors import ConfigError
 
 # As the multi-node tutorials of the field write it.
@@ -121,11 +119,10 @@ def test_a_tutorials_file_works_as_it_stands(tmp_path: Path) -> None:
     assert section.config == ProcessorConfig(
         model="some/model", served_model_name="big", block_size=128, max_model_len=4096, router="kv"
     )
-    assert len(notices) == 1 and "least-loaded" in notices[0]
+    assert notices == []
 
     section, _ = load(tmp_path, TUTORIAL, service="Router")
     assert section.config == RouterConfig(model="some/model", block_size=128, min_workers=2, mode="kv")
-    assert routing_mode(section.config.mode) is RouterMode.LEAST_LOADED
 
 
 def test_order_of_sources(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""What a router counts, for its reports."""
+
+from bisect import bisect_left
+from collections import Counter
+
+from stator.messages.reports import DECISION_S, DIFFERENCE_BLOCKS, IndexStats, RouterStats
+
+
+class RouterCounters:
+    def __init__(self) -> None:
+        self._decisions: Counter[str] = Counter()
+        self._predictions: dict[str, Counter[str]] = {}
+        self._differences = [0] * (len(DIFFERENCE_BLOCKS) + 1)
+        self._difference_sum = 0.0
+        self._seconds = [0] * (len(DECISION_S) + 1)
+        self._seconds_sum = 0.0
+
+    def decided(self, mode: str, seconds: float) -> None:
+        self._decisions[mode] += 1
+        self._seconds[bisect_left(DECISION_S, seconds)] += 1
+        self._seconds_sum += seconds
+
+    def predicted(self, outcome: str, basis: str, difference: int) -> None:
+        """difference: in blocks, of either sign."""
+        self._predictions.setdefault(outcome, Counter())[basis] += 1
+        self._differences[bisect_left(DIFFERENCE_BLOCKS, abs(difference))] += 1
+        self._difference_sum += abs(difference)
+
+    def stats(self, *, num_bookings: int, index: IndexStats | None) -> RouterStats:
+        return RouterStats(
+            decisions=dict(self._decisions),
+            predictions={outcome: dict(by_basis) for outcome, by_basis in self._predictions.items()},
+            difference_counts=list(self._differences),
+            difference_sum=self._difference_sum,
+            decision_counts=list(self._seconds),
+            decision_sum_s=self._seconds_sum,
+            num_bookings=num_bookings,
+            index=index,
+        )

@@ -1,0 +1,121 @@
+"""The last decisions of a router: found by booking while observations come in, and by request id by who asks why."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from stator.core.routing import Choice
+from stator.ids import RequestId
+from stator.messages.processor import RouteRequest
+from stator.messages.routing import CandidateTerms, DecisionRecord
+
+MAX_DECISIONS = 4096
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(list[CandidateTerms]).decode
+
+
+@dataclass(slots=True)
+class Decided:
+    """A decision and what came of it. candidates: encoded, since few are ever read and there are many.
+
+    basis: what the predicted overlap rested on; "" if nothing was predicted. Without the request's block hashes.
+    """
+
+    booking: int
+    request_id: RequestId
+    time: float
+    request: RouteRequest
+    choice: Choice
+    candidates: bytes
+    num_prompt_blocks: int
+    block_size: int
+    basis: str
+    cached_tokens: int | None = None
+    overlap_difference: int | None = None
+    output_tokens: int | None = None
+    failed: bool = False
+
+    def record(self) -> DecisionRecord:
+        request, choice = self.request, self.choice
+        return DecisionRecord(
+            request_id=self.request_id,
+            time=self.time,
+            model=request.model,
+            mode=choice.mode.value,
+            winner=choice.winner,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_prompt_blocks=self.num_prompt_blocks,
+            num_candidates=choice.num_candidates,
+            candidates=_decode(self.candidates),
+            expected_output_tokens=choice.expected_output_tokens,
+            session=request.session_id is not None,
+            cached_tokens=self.cached_tokens,
+            overlap_difference=self.overlap_difference,
+            output_tokens=self.output_tokens,
+            failed=self.failed,
+        )
+
+
+class DecisionLog:
+    """Keeps the last max_decisions."""
+
+    def __init__(self, max_decisions: int = MAX_DECISIONS) -> None:
+        self._max_decisions = max_decisions
+        self._order: deque[Decided] = deque()
+        self._by_booking: dict[int, Decided] = {}
+        self._by_request: dict[RequestId, list[Decided]] = {}
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def add(
+        self, request_id: RequestId, time: float, request: RouteRequest, choice: Choice, block_size: int, basis: str
+    ) -> None:
+        decided = Decided(
+            booking=choice.booking,
+            request_id=request_id,
+            time=time,
+            request=msgspec.structs.replace(request, block_hashes=[]),
+            choice=_without_candidates(choice),
+            candidates=_encode(choice.candidates),
+            num_prompt_blocks=len(request.block_hashes),
+            block_size=block_size,
+            basis=basis,
+        )
+        self._order.append(decided)
+        self._by_booking[decided.booking] = decided
+        self._by_request.setdefault(request_id, []).append(decided)
+        if len(self._order) > self._max_decisions:
+            self._drop(self._order.popleft())
+
+    def by_booking(self, booking: int) -> Decided | None:
+        return self._by_booking.get(booking)
+
+    def records(self, request_id: RequestId | None, limit: int) -> Iterator[DecisionRecord]:
+        """The newest first; of one request, or of all."""
+        decided = self._order if request_id is None else self._by_request.get(request_id, [])
+        for one, _ in zip(reversed(decided), range(limit), strict=False):
+            yield one.record()
+
+    def _drop(self, decided: Decided) -> None:
+        del self._by_booking[decided.booking]
+        same = self._by_request[decided.request_id]
+        same.remove(decided)
+        if not same:
+            del self._by_request[decided.request_id]
+
+
+def _without_candidates(choice: Choice) -> Choice:
+    return Choice(
+        choice.winner,
+        choice.mode,
+        choice.booking,
+        choice.overlap,
+        choice.cost_ms,
+        [],
+        choice.num_candidates,
+        choice.expected_output_tokens,
+    )
