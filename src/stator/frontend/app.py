@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import stator
 from stator.errors import ErrorCode, StatorError
+from stator.frontend.decisions import DECISION_PREFIX, DecisionView
 from stator.frontend.decode import CHAT, COMPLETIONS
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
@@ -58,6 +59,7 @@ class FrontendApp:
             rng=self._rng,
             wall=wall,
         )
+        self._explain = DecisionView(client, targets)
         self._routes: dict[str, tuple[str, Respond]] = {
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS)),
@@ -85,7 +87,7 @@ class FrontendApp:
         known = self._routes.get(path)
         if known is not None:
             return known[0]
-        return "GET" if path.startswith(MODEL_PREFIX) and path != MODEL_PREFIX else None
+        return "GET" if any(path.startswith(p) and path != p for p in (MODEL_PREFIX, DECISION_PREFIX)) else None
 
     async def _route(self, http: HttpExchange) -> None:
         method = self._method_of(http.path)
@@ -98,6 +100,8 @@ class FrontendApp:
         known = self._routes.get(http.path)
         if known is not None:
             await known[1](http)
+        elif http.path.startswith(DECISION_PREFIX):
+            await http.respond(200, await self._explain(http))
         else:
             await self._show_model(http)
 

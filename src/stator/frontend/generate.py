@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from stator.errors import Ending, ErrorCode, StatorError
 from stator.frontend.decode import decode_request
 from stator.frontend.encoding import DONE, ChunkEncoder, encode_whole
-from stator.frontend.http import ClientGone, HttpExchange, Receive, internal_error
+from stator.frontend.http import ClientGone, Headers, HttpExchange, Receive, internal_error
 from stator.frontend.settings import FrontendSettings
 from stator.frontend.stream import DeltaStream
 from stator.ids import RequestId
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest, ModelCard, Usage
-from stator.messages.processor import CompletionDelta
+from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, CompletionDelta
 from stator.observability.metrics import OTHER, Metrics, Tally
 from stator.runtime.context import CallContext, loop_time
 from stator.transport.base import Target, TransportClient
@@ -25,8 +25,12 @@ logger = logging.getLogger(__name__)
 access_log = logging.getLogger("stator.frontend.access")
 
 TIMEOUT_HEADER = b"x-request-timeout-s"
-TRACE_HEADERS = ("traceparent", "tracestate")
-MAX_TRACE_HEADER_BYTES = 512
+CARRIED_HEADERS = tuple(
+    (name, name.encode("ascii")) for name in ("traceparent", "tracestate", SESSION_HEADER, EXPLAIN_HEADER)
+)
+"""Request headers that travel with the call: trace context, and what concerns routing."""
+
+MAX_CARRIED_HEADER_BYTES = 512
 CLIENT_CLOSED_STATUS = 499
 
 Request = ChatCompletionRequest | CompletionRequest
@@ -181,9 +185,9 @@ class Generation:
 
     def _context(self, http: HttpExchange, started: float) -> CallContext:
         headers: dict[str, str] = {}
-        for name in TRACE_HEADERS:
-            value = http.headers.get(name.encode("ascii"))
-            if value is not None and len(value) <= MAX_TRACE_HEADER_BYTES:
+        for name, raw_name in CARRIED_HEADERS:
+            value = http.headers.get(raw_name)
+            if value is not None and len(value) <= MAX_CARRIED_HEADER_BYTES:
                 headers[name] = value.decode("latin-1")
         return CallContext(RequestId(http.call_id), started + self._timeout_s(http), headers)
 
@@ -214,7 +218,7 @@ class Generation:
         deltas = await stream.batch()
         if not deltas:
             raise _unfinished()
-        await http.start_events()
+        await http.start_events(_explanation(deltas[0]))
         events = encoder.opening() + encoder.encode(deltas)
         last = deltas[-1]
         while True:
@@ -231,14 +235,17 @@ class Generation:
     async def _answer_whole(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
         texts: list[str] = []
         last = CompletionDelta()
+        explanation: Headers = ()
         while deltas := await stream.batch():
+            if not texts:
+                explanation = _explanation(deltas[0])
             texts += [delta.text for delta in deltas]
             last = deltas[-1]
         usage = _finish(record, last)
         body = encode_whole(
             record.endpoint, http.call_id, request.model, int(self._wall()), texts, record.ending.value, usage
         )
-        await http.respond(200, body)
+        await http.respond(200, body, headers=explanation)
 
     def _account(self, http: HttpExchange, record: _Record) -> None:
         now = loop_time()
@@ -269,6 +276,17 @@ class Generation:
             "-" if record.first_token_at is None else round((record.first_token_at - record.started) * 1e3, 1),
             (now - record.started) * 1e3,
         )
+
+
+def _explanation(first: CompletionDelta) -> Headers:
+    """Headers that say where a request went and why, if it asked for them."""
+    if first.cost_ms is None:
+        return ()
+    return (
+        (b"x-stator-instance", str(first.instance_id).encode("ascii", "replace")),
+        (b"x-stator-overlap-blocks", b"%d" % (first.overlap_blocks or 0)),
+        (b"x-stator-cost-ms", b"%.3f" % first.cost_ms),
+    )
 
 
 async def _watch_disconnect(receive: Receive, stream: DeltaStream) -> None:

@@ -82,10 +82,10 @@ class HttpExchange:
         await self._start(status, content_type, (b"content-length", str(len(body)).encode("ascii")), *headers)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def start_events(self) -> None:
+    async def start_events(self, headers: Headers = ()) -> None:
         """Begin a stream of server-sent events. Proxies are told not to collect it."""
         self._streaming = True
-        await self._start(200, EVENT_STREAM, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+        await self._start(200, EVENT_STREAM, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"), *headers)
 
     async def send_events(self, events: bytes) -> None:
         """Waits while the client does not read."""
