@@ -3,10 +3,10 @@
 An answer is a lookup in memory. A view is *trusted* while its stream is whole; when the stream is lost or found wrong
 the last whole view serves on, untrusted, until a new snapshot is in or the worker's lease ends.
 
-Bounds. A trusted view equals what the worker held at some moment of the last STALE_BOUND_S: a lost item shows at the
-next one, and a digest comes every DIGEST_INTERVAL_S; a stream that brings nothing new for SILENCE_S is given up. From
-the end of a fault, whatever it was, the view is trusted and exact again within RECOVERY_BOUND_S, plus the time it takes
-to send a snapshot.
+Bounds. A trusted view is what the worker held at some moment of the last STALE_BOUND_S: a lost item shows at the next
+one, a digest comes every DIGEST_INTERVAL_S and tells silent differences, and a stream without a digest or a part of a
+snapshot for SILENCE_S is given up. From the end of a fault, whatever it was, the view is trusted and exact again within
+RECOVERY_BOUND_S, plus the time it takes to send a snapshot.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from stator.core.prefix_index import DEFAULT_MAX_ENTRIES, PrefixIndex
 from stator.errors import StatorError
 from stator.ids import InstanceId, RequestId
 from stator.messages.instances import InstanceInfo
-from stator.messages.kv_events import DIGEST_INTERVAL_S, KV_EVENTS_ENDPOINT, KvDigest, KvItem, KvSubscribe
+from stator.messages.kv_events import DIGEST_INTERVAL_S, KV_EVENTS_ENDPOINT, KvChanges, KvDigest, KvItem, KvSubscribe
 from stator.runtime.context import CallContext, loop_time
 from stator.runtime.directory import InstanceDirectory
 from stator.transport.base import StreamHandle, Target, TransportClient
@@ -42,7 +42,7 @@ CLEAN_EVERY_S = 0.01
 class KvIndexStats:
     """num_entries: distinct blocks; memory_bytes: estimate. num_dropped: entries given up because the index was full.
     num_events: blocks stored and removed. num_mismatches: digests that differed. num_lost: streams that ended by
-    themselves. num_silent: streams given up because they brought nothing new. num_resubscriptions: streams opened after
+    themselves. num_silent: streams given up because no digest came. num_resubscriptions: streams opened after
     the first one of each instance."""
 
     num_instances: int
@@ -93,19 +93,24 @@ class _Subscription:
         self._handle: StreamHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._num_failures = 0
-        self._last_progress = loop_time()
+        self._last_proof = loop_time()
         self._open()
 
     def receive(self, item: KvItem) -> None:
         result = self.view.receive(item)
         if result is Received.PROGRESS:
-            self._last_progress = loop_time()
-            if isinstance(item, KvDigest):
-                self._num_failures = 0
+            self._progress(item)
         elif result is Received.USELESS:
             logger.info("the KV events of %s have a gap or differ; subscribing again", self.instance.instance_id)
             self._reopen()
         self._owner.clean_soon()
+
+    def _progress(self, item: KvItem) -> None:
+        # Changes prove only that none is missing; that they were right is known from digests.
+        if not isinstance(item, KvChanges):
+            self._last_proof = loop_time()
+            if isinstance(item, KvDigest):
+                self._num_failures = 0
 
     def ended(self, error: StatorError | None) -> None:
         self._owner.num_lost += 1
@@ -113,9 +118,11 @@ class _Subscription:
         self._reopen()
 
     def check(self, now: float) -> None:
-        if self._stream is not None and now - self._last_progress >= SILENCE_S:
+        if self._stream is not None and now - self._last_proof >= SILENCE_S:
             self._owner.num_silent += 1
-            logger.info("no KV events of %s for %.1f s; subscribing again", self.instance.instance_id, SILENCE_S)
+            logger.info(
+                "no digest of the KV events of %s for %.1f s; subscribing again", self.instance.instance_id, SILENCE_S
+            )
             self._reopen()
 
     def close(self) -> None:
@@ -126,7 +133,7 @@ class _Subscription:
 
     def _open(self) -> None:
         self._retry = None
-        self._last_progress = loop_time()
+        self._last_proof = loop_time()
         self.view.open()
         self._stream = _Stream(self)
         target = Target(self.instance.addresses, KV_EVENTS_ENDPOINT, self.instance.instance_id)
@@ -252,7 +259,7 @@ class KvIndex:
     def _follow(self) -> None:
         instances = self._directory.instances(role=self._role, ready_only=False)
         live = {i.instance_id: i for i in instances if KV_EVENTS_ENDPOINT in i.endpoints}
-        for instance_id in self._subscriptions.keys() - live.keys():
+        for instance_id in [i for i in self._subscriptions if i not in live]:
             self._subscriptions.pop(instance_id).close()
         for instance_id, instance in live.items():
             known = self._subscriptions.get(instance_id)

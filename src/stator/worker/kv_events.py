@@ -1,8 +1,8 @@
 """Serves the endpoint `kv_events`: what this worker's engine holds, to every router that asks.
 
 The engine has one listener for all subscribers (one per stride in use; routers of one deployment use one stride). What
-happens within one iteration of the loop, and at most FLUSH_EVERY_S later while the engine is busy, becomes one item,
-packed once. Each subscriber has a bounded backlog, emptied as its stream takes it; one that falls behind is ended with
+happens within one iteration of the loop, or within FLUSH_EVERY_S while the engine is busy, becomes one item, packed
+once. Each subscriber has a bounded backlog, emptied as its stream takes it; one that falls behind is ended with
 SLOW_READER and starts again with a new snapshot.
 """
 
@@ -72,7 +72,7 @@ class KvPublisher:
             call.end(StatorError(ErrorCode.DRAINING, f"{KV_EVENTS_ENDPOINT} is stopping"))
             self._close_if_unused(feed)
             return
-        feed.subscribers.add(subscriber)
+        feed.subscribers[subscriber] = None
         # Not in the task's own `finally`, which a task that is cancelled before its first step never reaches.
         task.add_done_callback(lambda _: self._left(feed, subscriber))
         subscriber.on_overrun = lambda: _cancel(task)
@@ -86,7 +86,7 @@ class KvPublisher:
         await self._tasks.close()
 
     def _left(self, feed: "_Feed", subscriber: "_Subscriber") -> None:
-        feed.subscribers.discard(subscriber)
+        feed.subscribers.pop(subscriber, None)
         self.num_dropped += subscriber.overrun
         self._close_if_unused(feed)
 
@@ -148,7 +148,7 @@ class _Feed:
 
     def __init__(self, engine: WatchesKv, epoch: int, stride: int) -> None:
         self.stride = stride
-        self.subscribers: set[_Subscriber] = set()
+        self.subscribers: dict[_Subscriber, None] = {}
         self._source = KvSource(epoch, stride=stride)
         self._loop = asyncio.get_running_loop()
         self._flush_timer: asyncio.Handle | None = None
@@ -178,9 +178,9 @@ class _Feed:
         if self._flush_timer is not None:
             self._flush_timer.cancel()
             self._flush_timer = None
-        self._last_flush = self._loop.time()
         changes = self._source.take_changes()
         if changes:
+            self._last_flush = self._loop.time()
             self._push(changes)
 
     def _digest(self) -> None:
