@@ -10,7 +10,8 @@ from typer.core import TyperCommand
 from stator.cli.overrides import split_overrides
 
 if TYPE_CHECKING:
-    from stator.graph.serve import ServeOptions
+    from stator.graph.node import ServeOptions
+    from stator.graph.plan import Plan
 
 OVERRIDES = "stator.overrides"
 DEMO_TARGET = "graphs.disagg_router:Frontend"
@@ -50,6 +51,12 @@ _Advertise = Annotated[
 _PortRange = Annotated[str | None, typer.Option(metavar="FIRST-LAST", help="Ports for the services; default: any.")]
 _HubHost = Annotated[str | None, typer.Option(help="Address that the head's hub listens on; default: --host.")]
 _HubPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the head's hub; 0 takes a free one.")]
+_AssumeGpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COUNTxNAME-MEMORY", help="With --dry-run: plan for these GPUs, not for this machine's (8xH100-80GB)."
+    ),
+]
 _Grace = Annotated[float, typer.Option(min=0.0, help="Seconds to finish requests after Ctrl-C or SIGTERM.")]
 
 
@@ -67,15 +74,21 @@ def serve(
     hub_host: _HubHost = None,
     hub_port: _HubPort = 7440,
     grace: _Grace = 30.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")] = False,
+    assume_gpus: _AssumeGpus = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
 ) -> None:
     """Start the services of a graph on this node, or one component that joins a deployment.
 
     Any option of the configuration can be given as --Service.key=value, for instance --VllmWorker.max-num-seqs=8.
     """
-    from stator.graph.serve import ServeOptions
+    from stator.graph.node import ServeOptions
     from stator.graph.supervisor import Settings
 
-    _run(
+    if not dry_run and (assume_gpus is not None or as_json):
+        raise typer.BadParameter(f"{'--json' if as_json else '--assume-gpus'} is for --dry-run")
+    run = _run if not dry_run else _plan_as_json if as_json else _plan
+    run(
         ServeOptions(
             target=target,
             directory=Path.cwd(),
@@ -90,6 +103,7 @@ def serve(
             hub_host=hub_host,
             hub_port=hub_port,
             settings=Settings(grace_s=grace),
+            assume_gpus=assume_gpus,
         )
     )
 
@@ -110,7 +124,7 @@ def demo(
     With --join, add one more prefill worker to the demo that runs there.
     """
     from stator.graph.banner import JoinLine
-    from stator.graph.serve import ServeOptions
+    from stator.graph.node import ServeOptions
 
     overrides: tuple[tuple[str, str], ...] = tuple(context.meta[OVERRIDES])
     _run(
@@ -163,6 +177,29 @@ def _run(options: "ServeOptions") -> None:
     except KeyboardInterrupt:
         code = ExitCode.FAILURE
     raise typer.Exit(int(code))
+
+
+def _plan(options: "ServeOptions") -> None:
+    from stator.graph.plan import format_text
+
+    typer.echo(format_text(_made_plan(options)))
+
+
+def _plan_as_json(options: "ServeOptions") -> None:
+    from stator.graph.plan import format_json
+
+    typer.echo(format_json(_made_plan(options)))
+
+
+def _made_plan(options: "ServeOptions") -> "Plan":
+    from stator.errors import ConfigError
+    from stator.graph.plan import make_plan
+
+    try:
+        return make_plan(options)
+    except ConfigError as error:
+        typer.echo(f"stator: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def app() -> None:

@@ -28,3 +28,9 @@ def colour() -> bool:
 def json_logs() -> bool:
     """STATOR_LOG_FORMAT=json (observability.logs): log lines are objects, and must stay whole."""
     return os.environ.get("STATOR_LOG_FORMAT", "").lower() == "json"
+
+
+def runtime_directory() -> Path | None:
+    """XDG_RUNTIME_DIR: where this user's sockets live while the user is logged in."""
+    home = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(home) if home else None

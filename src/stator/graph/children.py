@@ -125,8 +125,13 @@ async def start_child(
     on_report: Callable[[Report], None],
     stdout: LineSink,
     stderr: LineSink,
+    *,
+    environment: Mapping[str, str] | None = None,
 ) -> Child:
-    """Start the process and begin to read it. Raises ConfigError if its interpreter cannot be started."""
+    """Start the process and begin to read it. Raises ConfigError if its interpreter cannot be started.
+
+    environment: added to this process's own; default `args.envs`.
+    """
     status_read, status_write = os.pipe()
     try:
         try:
@@ -138,9 +143,9 @@ async def start_child(
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 cwd=spec.directory,
-                env=child_environment(os.environ, args.envs),
+                env=child_environment(os.environ, args.envs if environment is None else environment),
                 start_new_session=True,
-                pass_fds=(status_write,),
+                pass_fds=(status_write,) if spec.listen_fd is None else (status_write, spec.listen_fd),
             )
         except OSError as error:
             raise ConfigError(f"{spec.label} cannot be started with {args.python or sys.executable}: {error}") from None

@@ -31,6 +31,8 @@ class ServiceContext:
 
     host: that peers reach this process at. config: the section's options, as `@service(config=...)` or the built-in
     schema declares them, else a dict.
+    process, copies: which one of how many processes of this service on this node, from 1. listen_fd: a bound socket
+    for clients that the copies share; None if there is one, which opens its own.
     client, discovery, lease, directory and network are shared by the services of one process; server, instance_id and
     tasks are this instance's own. tasks are cancelled after the on_stop hooks.
     """
@@ -51,6 +53,9 @@ class ServiceContext:
     on_fail: Callable[[str], None] = field(repr=False)
     on_serving: Callable[[Serving], None] = field(repr=False)
     fields: InfoFields
+    process: int = 1
+    copies: int = 1
+    listen_fd: int | None = None
 
     def queue(self, name: str) -> JobQueue:
         """The deployment's queue of that name; the same object for the same name. Closed with the process."""

@@ -23,6 +23,7 @@ from stator.graph.instance import RunningService
 from stator.graph.planes import Planes
 from stator.graph.protocol import ChildSpec, ExitCode, Ready, Report
 from stator.graph.service import ServiceSpec
+from stator.graph.sockets import socket_path
 from stator.ids import InstanceId
 from stator.messages.instances import InstanceState
 from stator.runtime.tasks import TaskOwner
@@ -144,8 +145,13 @@ class ServiceProcess:
         child = self._spec
         identity = Identity(child.namespace, instance_id, spec.role, child.token)
         listen = Listen(
-            host=child.host, port_range=child.port_range, advertise=child.advertise, inproc_name=str(instance_id)
+            host=child.host,
+            port_range=child.port_range,
+            advertise=child.advertise,
+            unix_path=self._unix_path(spec, instance_id),
+            inproc_name=str(instance_id),
         )
+        is_first = spec.name == child.services[0]
         context = ServiceContext(
             service=spec.name,
             namespace=child.namespace,
@@ -163,6 +169,9 @@ class ServiceProcess:
             on_fail=self._fail,
             on_serving=self._report,
             fields=InfoFields(spec.role),
+            process=child.index,
+            copies=child.copies if is_first else 1,
+            listen_fd=child.listen_fd if is_first else None,
         )
         instance: object = spec.cls()
         for attribute, (other, linked) in self._graph.resolve(spec).items():
@@ -171,6 +180,13 @@ class ServiceProcess:
             )
             setattr(instance, attribute, client)
         return RunningService(spec, context, instance, calls.CallTasks(spec.name))
+
+    def _unix_path(self, spec: ServiceSpec, instance_id: InstanceId) -> str | None:
+        """For what this node's own processes call: services made to be colocated, and copies among each other."""
+        child = self._spec
+        if child.socket_dir is None or spec.name != child.services[0]:
+            return None
+        return socket_path(child.socket_dir, instance_id) if spec.colocate or child.copies > 1 else None
 
     def _colocated(self, spec: ServiceSpec) -> Callable[[], tuple[InstanceId, tuple[str, ...]] | None]:
         def find() -> tuple[InstanceId, tuple[str, ...]] | None:

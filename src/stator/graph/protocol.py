@@ -24,7 +24,8 @@ class ChildSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One process: which services of the target to run, and how to reach the rest of the deployment.
 
     services: consumers before the services they call. index: of this copy, from 1. hub: host and port. sections: the
-    merged configuration. advertise: the host that peers are told.
+    merged configuration. advertise: the host that peers are told. copies: processes like this one on this node.
+    listen_fd: the socket for clients that the copies share. socket_dir: for Unix sockets among the node's processes.
     """
 
     target: str
@@ -41,6 +42,9 @@ class ChildSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     source: str
     supervisor_pid: int
     status_fd: int
+    copies: int = 1
+    listen_fd: int | None = None
+    socket_dir: str | None = None
 
     @property
     def label(self) -> str:

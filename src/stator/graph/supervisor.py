@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -78,6 +78,7 @@ class _Keeper:
             self._report,
             lambda line: terminal.child_line(label, line, error=False),
             lambda line: terminal.child_line(label, line, error=True),
+            environment=self.plan.environment,
         )
 
     def _report(self, report: Report) -> None:
@@ -216,8 +217,21 @@ class Supervisor:
                 await keeper.done.wait()
 
 
-def make_specs(base: ChildSpec, plans: Sequence[ProcessPlan]) -> list[tuple[ProcessPlan, ChildSpec]]:
-    """base: what is the same for every process of the node."""
+def make_specs(
+    base: ChildSpec, plans: Sequence[ProcessPlan], listen_fds: Mapping[str, int]
+) -> list[tuple[ProcessPlan, ChildSpec]]:
+    """base: what is the same for every process of the node. listen_fds: by the name of a process's first service."""
     return [
-        (plan, replace(base, services=plan.services, index=plan.index, supervisor_pid=os.getpid())) for plan in plans
+        (
+            plan,
+            replace(
+                base,
+                services=plan.services,
+                index=plan.index,
+                copies=plan.args.workers,
+                listen_fd=listen_fds.get(plan.services[0]),
+                supervisor_pid=os.getpid(),
+            ),
+        )
+        for plan in plans
     ]

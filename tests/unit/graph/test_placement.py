@@ -4,12 +4,13 @@ from typing import Any
 import pytest
 
 from stator.config.load import Section
-from stator.config.schema import ServiceArgs
+from stator.config.schema import Resources, ServiceArgs
 from stator.errors import ConfigError
 from stator.graph import depends, service
 from stator.graph.banner import join_lines
+from stator.graph.gpus import Gpu
 from stator.graph.graph import build_graph
-from stator.graph.placement import plan_processes
+from stator.graph.placement import THREAD_VARIABLES, equip, plan_processes
 
 
 @service(role="prefill")
@@ -61,9 +62,57 @@ def test_colocation_and_copies_are_chosen_in_the_configuration() -> None:
         Prefill=ServiceArgs(colocate=True),
     ) == [
         ("Frontend:1", 0, ("Frontend",)),
-        ("Processor:1", 1, ("Processor", "Router")),
-        ("Processor:2", 1, ("Processor", "Router")),
+        ("Processor:1", 1, ("Processor",)),
+        ("Processor:2", 1, ("Processor",)),
+        ("Router:1", 2, ("Router",)),
     ]
+
+
+def test_several_frontend_processes_share_one_router() -> None:
+    assert plan(Frontend=ServiceArgs(workers=2)) == [
+        ("Frontend:1", 0, ("Frontend", "Processor")),
+        ("Frontend:2", 0, ("Frontend", "Processor")),
+        ("Router:1", 1, ("Router",)),
+        ("Decode:1", 2, ("Decode",)),
+        ("Prefill:1", 3, ("Prefill",)),
+    ]
+
+
+def equipped(num_gpus: int, **args: ServiceArgs) -> dict[str, dict[str, str]]:
+    graph = build_graph(Frontend)
+    sections = {name: Section(args.get(name, ServiceArgs()), None) for name in graph.services}
+    gpus = [Gpu(str(index)) for index in range(num_gpus)]
+    return {p.label: p.environment for p in equip(plan_processes(graph, sections), gpus)}
+
+
+def test_processes_see_the_gpus_they_were_given() -> None:
+    four = ServiceArgs(resources=Resources(gpu=4), envs={"A": "1"})
+    half = ServiceArgs(workers=2, resources=Resources(gpu=0.5, cpu=2.5))
+    assert equipped(8, Decode=four, Prefill=half) == {
+        "Frontend:1": {"CUDA_VISIBLE_DEVICES": ""},
+        "Decode:1": {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "A": "1"},
+        **{
+            f"Prefill:{index}": {
+                "CUDA_VISIBLE_DEVICES": "4",
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+                **dict.fromkeys(THREAD_VARIABLES, "2"),
+            }
+            for index in (1, 2)
+        },
+    }
+    assert set(map(str, equipped(8).values())) == {"{}"}
+
+
+def test_what_colocated_services_ask_for_is_added() -> None:
+    args = ServiceArgs(envs={"A": "1"}, resources=Resources(cpu=1))
+    more = ServiceArgs(envs={"B": "2", "CUDA_VISIBLE_DEVICES": "7"}, resources=Resources(gpu=1, cpu=2))
+    assert equipped(1, Frontend=args, Processor=more)["Frontend:1"] == {
+        **dict.fromkeys(THREAD_VARIABLES, "3"),
+        "CUDA_VISIBLE_DEVICES": "7",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "A": "1",
+        "B": "2",
+    }
 
 
 def test_a_component_has_a_process_though_it_would_be_colocated() -> None:
@@ -101,5 +150,9 @@ def test_join_lines_name_what_more_nodes_may_run() -> None:
 def test_arguments_that_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match=r"Router\.ServiceArgs\.workers is 2, but Router runs in .* Frontend"):
         plan(Router=ServiceArgs(workers=2))
-    with pytest.raises(ConfigError, match="one frontend a node"):
-        plan(Frontend=ServiceArgs(workers=2))
+    with pytest.raises(ConfigError, match=r"Router\.ServiceArgs\.colocate is true, but Frontend has 2 processes"):
+        plan(Frontend=ServiceArgs(workers=2), Router=ServiceArgs(colocate=True))
+    with pytest.raises(ConfigError, match=r"Processor\.ServiceArgs\.python is p, but Processor runs in .* Frontend"):
+        plan(Processor=ServiceArgs(python="p"))
+    with pytest.raises(ConfigError, match=r"Processor\.ServiceArgs\.envs sets A, and so does Frontend"):
+        plan(Processor=ServiceArgs(envs={"A": "1"}), Frontend=ServiceArgs(envs={"A": "2"}))

@@ -1,0 +1,233 @@
+"""One node before anything is started: the graph, the merged configuration, the processes and what each is given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from stator.config import environment
+from stator.config.decode import Errors, kebab, lookup
+from stator.config.load import Configuration, Section, decode_section, ignored_flags, load_configuration, raise_all
+from stator.config.schema import SERVICE_ARGS, FrontendConfig, WorkerConfig
+from stator.config.tree import Node as TreeNode
+from stator.engines.registry import engine_names
+from stator.errors import ConfigError
+from stator.graph import banner, network, token
+from stator.graph.gpus import parse_assumed
+from stator.graph.graph import Graph, build_graph
+from stator.graph.machine import Inventory, find_gpus
+from stator.graph.placement import FRONTEND, ProcessPlan, equip, plan_processes, wants_gpus
+from stator.graph.supervisor import Settings
+from stator.graph.targets import load_target
+
+DEFAULT_HUB_PORT = 7440
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What the command line says. join_lines: how others join, if not by the graph's own components."""
+
+    target: str
+    directory: Path
+    config: Path | None = None
+    overrides: Sequence[tuple[str, str]] = ()
+    namespace: str = banner.DEFAULT_NAMESPACE
+    join: str | None = None
+    token_file: Path | None = None
+    host: str = "0.0.0.0"
+    advertise: str | None = None
+    port_range: str | None = None
+    hub_host: str | None = None
+    hub_port: int = DEFAULT_HUB_PORT
+    join_lines: tuple[banner.JoinLine, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    assume_gpus: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Everything that was checked. inventory: None if nobody asks for GPUs. notices: to be told once.
+
+    head: of the deployment that is joined. refusal: why a start would stop here, though a plan can be made.
+    """
+
+    options: ServeOptions
+    graph: Graph
+    configuration: Configuration
+    sections: dict[str, Section]
+    plans: list[ProcessPlan]
+    inventory: Inventory | None
+    head: tuple[str, int] | None
+    advertise: str
+    port_range: tuple[int, int] | None
+    notices: tuple[str, ...]
+    refusal: str | None
+
+    @property
+    def is_head(self) -> bool:
+        return self.head is None and not self.graph.is_component
+
+    def role(self, service: str) -> str:
+        return self.graph.services[service].role
+
+    def needs_sockets(self) -> bool:
+        """Whether a process of this node is called by others of it over Unix sockets."""
+        return any(self.graph.services[plan.services[0]].colocate or plan.args.workers > 1 for plan in self.plans)
+
+    def shared_listeners(self) -> list[str]:
+        """Frontends with several processes, which accept clients from one socket."""
+        return [
+            name
+            for name in dict.fromkeys(plan.services[0] for plan in self.plans if plan.args.workers > 1)
+            if self.role(name) == FRONTEND and isinstance(self.sections[name].config, FrontendConfig)
+        ]
+
+
+def prepare(options: ServeOptions, *, for_start: bool) -> Node:
+    """Import, merge, check and plan; starts nothing and writes nothing. Raises ConfigError.
+
+    for_start: what only a start needs (a control plane, the engine) must be there; else it is told as `refusal`.
+    """
+    token.check_namespace(options.namespace)
+    graph = build_graph(load_target(options.target, options.directory))
+    refusal, told = _control_plane(options, graph)
+    if for_start:
+        _refuse(refusal)
+    configuration, sections, notices = _sections(options, graph)
+    refusal = refusal or _missing_engine(configuration, sections)
+    if for_start:
+        _refuse(refusal)
+    head = None if options.join is None else network.parse_host_port(options.join, DEFAULT_HUB_PORT, "--join")
+    advertise = network.advertised_address(options.host, options.advertise, head)
+    port_range = None if options.port_range is None else network.parse_port_range(options.port_range)
+    plans = plan_processes(graph, sections)
+    if not plans:
+        raise ConfigError(f"{options.target}: every service has ServiceArgs.workers 0; there is nothing to start")
+    inventory = _inventory(options, plans)
+    if inventory is not None:
+        plans = equip(plans, inventory.gpus, inventory.source)
+    else:
+        plans = equip(plans, ())
+    told += [*notices, *_private_routing(graph, plans)]
+    return Node(
+        options, graph, configuration, sections, plans, inventory, head, advertise, port_range, tuple(told),
+        refusal,
+    )  # fmt: skip
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise ConfigError(reason)
+
+
+def _inventory(options: ServeOptions, plans: Sequence[ProcessPlan]) -> Inventory | None:
+    if options.assume_gpus is not None:
+        return Inventory(parse_assumed(options.assume_gpus), "assumed")
+    return find_gpus() if wants_gpus(plans) else None
+
+
+def _sections(options: ServeOptions, graph: Graph) -> tuple[Configuration, dict[str, Section], list[str]]:
+    path = None if options.config is None else options.directory / options.config
+    configuration = load_configuration(path, options.overrides, list(graph.services), shown_as=str(options.config))
+    errors = Errors()
+    notices = list(configuration.notices)
+    sections: dict[str, Section] = {}
+    for name, spec in graph.services.items():
+        section = decode_section(name, spec.config_type, configuration, errors, notices)
+        if section is not None:
+            sections[name] = section
+            _check_gpus(name, section, configuration, errors)
+    raise_all(errors)
+    if (ignored := ignored_flags(sections)) is not None:
+        notices.append(ignored)
+    return configuration, sections, list(dict.fromkeys(notices))
+
+
+def _check_gpus(name: str, section: Section, configuration: Configuration, errors: Errors) -> None:
+    """A number of GPUs that is none, or that is less than what the engine is told to spread over."""
+    gpu = section.args.resources.gpu
+    node = configuration.sections.get(name, TreeNode("", children={}))
+    for key in (SERVICE_ARGS, "resources", "gpu"):
+        node = lookup(node.children or {}, key) or node
+    if gpu > 1 and gpu != int(gpu):
+        errors.add(
+            node.origin,
+            f"{name}.ServiceArgs.resources.gpu: found {gpu:g}, expected a whole number, or a fraction below 1",
+        )
+    config = section.config
+    if not isinstance(config, WorkerConfig) or config.engine != "vllm" or gpu == 0:
+        return
+    values, origins = config.engine_args, config.engine_arg_origins
+    if values.get("nnodes") not in (None, 1):
+        return
+    sizes = {key: int(values.get(key) or 1) for key in ("tensor_parallel_size", "pipeline_parallel_size")}
+    needed = prod(sizes.values())
+    if needed > max(1, gpu):
+        flags = " and ".join(f"{kebab(key)} {size}" for key, size in sizes.items() if size > 1)
+        origin = next(origins[key] for key, size in sizes.items() if size > 1)
+        errors.add(
+            origin,
+            f"{name}: {flags} needs {needed} GPUs for a process, and ServiceArgs.resources.gpu is {gpu:g} "
+            f"({node.origin})",
+        )
+
+
+def _private_routing(graph: Graph, plans: Sequence[ProcessPlan]) -> list[str]:
+    roles = {spec.role for spec in graph.services.values()}
+    copied = [p for p in plans if p.args.workers > 1 and any(graph.services[s].role == "processor" for s in p.services)]
+    if not copied or "router" in roles:
+        return []
+    label = copied[0].services[0]
+    return [
+        f"{label} has {copied[0].args.workers} processes and the graph has no Router: each balances by what it knows; "
+        f"a graph with one, such as graphs.agg_router, lets them share it"
+    ]
+
+
+def _missing_engine(configuration: Configuration, sections: dict[str, Section]) -> str | None:
+    """Why a worker of this node cannot be started, if so."""
+    for name, section in sections.items():
+        config = section.config
+        if not isinstance(config, WorkerConfig) or section.args.workers == 0 or config.engine in engine_names():
+            continue
+        node = configuration.sections.get(name)
+        written = (node.children or {}).get("engine") if node is not None else None
+        where = f"{written.origin}: " if written is not None else ""
+        default = "" if written is not None else " (the default)"
+        return (
+            f"{where}{name}.engine is {config.engine}{default}: the {_title(config.engine)} engine comes with a later "
+            f"version of Stator; this one has {', '.join(engine_names())} (--{name}.engine=local runs small models on "
+            f"CPUs, and --dry-run shows the plan for {config.engine})"
+        )
+    return None
+
+
+def _title(engine: str) -> str:
+    return "vLLM" if engine == "vllm" else engine
+
+
+def _control_plane(options: ServeOptions, graph: Graph) -> tuple[str | None, list[str]]:
+    """Why the node could not be started, if so, and what to tell otherwise."""
+    if options.join is not None:
+        return None, []
+    values = dict(zip(("NATS_SERVER", "ETCD_ENDPOINTS"), environment.external_control_plane(), strict=True))
+    present = [name for name, value in values.items() if value]
+    missing = [name for name, value in values.items() if not value]
+    later = "NATS and etcd as external services come with a later version"
+    if not graph.is_component:
+        told = f"{' and '.join(present)} not used: {later}; this head runs its own hub"
+        return None, [told] if present else []
+    name = graph.root.name
+    joins = f"{name} is a component target: it joins a running deployment and starts only itself"
+    if not missing:
+        return f"{joins}. {later}; give --join HEAD:{DEFAULT_HUB_PORT} (the head prints the line)", []
+    if present:
+        return (
+            f"{joins}. {present[0]} is set, but {missing[0]} is not: set both, or give --join HEAD:{DEFAULT_HUB_PORT}",
+            [],
+        )
+    return (
+        f"{joins}. Give --join HEAD:{DEFAULT_HUB_PORT} (the head prints the line), or set NATS_SERVER and "
+        f"ETCD_ENDPOINTS; to start a deployment here, serve a graph, for instance graphs.agg_router:Frontend",
+        [],
+    )
