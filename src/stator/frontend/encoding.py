@@ -3,7 +3,7 @@
 A streamed chunk differs from the next in one string, so that everything around it is encoded once per request.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -44,18 +44,21 @@ class ChunkEncoder:
             return b""
         return self._choice(b'"delta":{"role":"assistant","content":""}', b"null")
 
-    def encode(self, deltas: Iterable[CompletionDelta]) -> bytes:
-        """A chunk for each text, then one for the finish reason, then one for the usage, as far as they are there."""
-        out: list[bytes] = []
-        for delta in deltas:
-            if delta.text:
-                out += (self._text_start, _encode(delta.text), self._text_end)
-            if delta.ending is not None:
-                body = b'"delta":{}' if self._chat else b'"text":""'
-                out.append(self._choice(body, _encode(delta.ending.value)))
-                if self._include_usage and delta.usage is not None:
-                    out += (self._before_choices, b'],"usage":', _encode(delta.usage), b"}\n\n")
-        return b"".join(out)
+    def encode(self, deltas: Sequence[CompletionDelta]) -> bytes:
+        """A chunk for the text of all, then one for the finish reason, then one for the usage, as far as they are
+        there. Texts that wait together go out together: a chunk costs everybody on its way more than a token does."""
+        last = deltas[-1]
+        text = last.text if len(deltas) == 1 else "".join([delta.text for delta in deltas])
+        events = self._text_start + _encode(text) + self._text_end if text else b""
+        return events if last.ending is None else events + self._last(last)
+
+    def _last(self, delta: CompletionDelta) -> bytes:
+        assert delta.ending is not None
+        body = b'"delta":{}' if self._chat else b'"text":""'
+        events = self._choice(body, _encode(delta.ending.value))
+        if self._include_usage and delta.usage is not None:
+            events += b"".join((self._before_choices, b'],"usage":', _encode(delta.usage), b"}\n\n"))
+        return events
 
     def _choice(self, body: bytes, finish_reason: bytes) -> bytes:
         return b"".join(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from stator.errors import Ending, ErrorCode, StatorError
 from stator.frontend.decode import decode_request
 from stator.frontend.encoding import DONE, ChunkEncoder, encode_whole
-from stator.frontend.http import ClientGone, Headers, HttpExchange, Receive, internal_error
+from stator.frontend.http import ClientGone, Headers, HttpExchange, Pipe, Receive, internal_error
 from stator.frontend.settings import FrontendSettings
-from stator.frontend.stream import DeltaStream
+from stator.frontend.stream import DeltaStream, Write
 from stator.ids import RequestId
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest, ModelCard, Usage
 from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, CompletionDelta
@@ -162,7 +162,11 @@ class Generation:
             self._client.open(self._target(endpoint), request, stream, context=context, item_type=CompletionDelta)
         )
         self._streams.add(stream)
-        watcher = asyncio.get_running_loop().create_task(_watch_disconnect(http.receive, stream))
+        watcher: asyncio.Task[None] | None = None
+        if http.pipe is not None:
+            http.pipe.on_leave(stream.client_gone)
+        else:
+            watcher = asyncio.get_running_loop().create_task(_watch_disconnect(http.receive, stream))
         try:
             if request.stream:
                 await self._answer_stream(http, request, stream, record)
@@ -173,8 +177,11 @@ class Generation:
             self._streams.discard(stream)
             record.num_tokens = stream.num_tokens
             record.first_token_at = stream.first_token_at
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
+            if http.pipe is not None:
+                http.pipe.on_leave(None)
+            if watcher is not None:
+                watcher.cancel()
+                await asyncio.gather(watcher, return_exceptions=True)
 
     def _target(self, endpoint: str) -> Target:
         targets = self._targets(endpoint)
@@ -221,16 +228,17 @@ class Generation:
         await http.start_events(_explanation(deltas[0]))
         events = encoder.opening() + encoder.encode(deltas)
         last = deltas[-1]
-        while True:
+        write = None if http.pipe is None else _writer(encoder, http.pipe)
+        while not stream.complete:
             if events:
                 await http.send_events(events)
-            deltas = await stream.batch()
-            if not deltas:
-                break
-            last = deltas[-1]
-            events = encoder.encode(deltas)
+                events = b""
+            deltas = await stream.batch(write)
+            if deltas:
+                last = deltas[-1]
+                events = encoder.encode(deltas)
         _finish(record, last)
-        await http.finish_events(DONE)
+        await http.finish_events(events + DONE)
 
     async def _answer_whole(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
         texts: list[str] = []
@@ -287,6 +295,19 @@ def _explanation(first: CompletionDelta) -> Headers:
         (b"x-stator-overlap-blocks", b"%d" % (first.overlap_blocks or 0)),
         (b"x-stator-cost-ms", b"%.3f" % first.cost_ms),
     )
+
+
+def _writer(encoder: ChunkEncoder, pipe: Pipe) -> Write:
+    """From the sink to the socket without a task in between."""
+
+    def write(deltas: Sequence[CompletionDelta]) -> bool:
+        if deltas[-1].ending is not None:
+            # The stream's end follows, and goes out with these.
+            return False
+        events = encoder.encode(deltas)
+        return not events or pipe.write_events(events)
+
+    return write
 
 
 async def _watch_disconnect(receive: Receive, stream: DeltaStream) -> None:

@@ -5,7 +5,7 @@ import math
 import random
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -28,6 +28,27 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _CLOSES = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.REQUEST_TIMEOUT})
 
 encode_json = msgspec.json.Encoder().encode
+
+
+PIPE = "stator.pipe"
+"""The ASGI extension under which a server offers a Pipe."""
+
+
+class Pipe(Protocol):
+    """The connection behind a request, for what ASGI makes dear: all of it is called from the event loop, and acts
+    on the request that is being answered. Optional; without it the same goes over `receive` and `send`."""
+
+    def whole_body(self) -> bytes | None:
+        """The body if all of it is here and nothing of it was received; it is then taken."""
+        ...
+
+    def write_events(self, events: bytes) -> bool:
+        """Send a part of a streamed answer that has begun. False, with nothing done, if that would have to wait."""
+        ...
+
+    def on_leave(self, callback: Callable[[], None] | None) -> None:
+        """Called once if the client leaves before its answer is complete; at once if it has left."""
+        ...
 
 
 class ClientGone(Exception):
@@ -61,13 +82,25 @@ class HttpExchange:
     call_id: unique in the deployment, because a client may send one x-request-id many times; it begins with it.
     """
 
-    __slots__ = ("_send", "_started", "_streaming", "call_id", "headers", "method", "path", "receive", "request_id")
+    __slots__ = (
+        "_send",
+        "_started",
+        "_streaming",
+        "call_id",
+        "headers",
+        "method",
+        "path",
+        "pipe",
+        "receive",
+        "request_id",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, rng: random.Random) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.receive = receive
+        self.pipe: Pipe | None = scope.get("extensions", {}).get(PIPE)
         self._send = send
         self._started = False
         self._streaming = False
@@ -121,12 +154,13 @@ class HttpExchange:
 
     async def read_body(self, max_bytes: int, timeout_s: float) -> bytes:
         """Raises StatorError(BODY_TOO_LARGE or REQUEST_TIMEOUT), or ClientGone."""
-        too_large = StatorError(
-            ErrorCode.BODY_TOO_LARGE, f"The request body is larger than the limit of {max_bytes} bytes."
-        )
         if self._declared_bytes() > max_bytes and b"expect" in self.headers:
             # The client waits for leave to send. Reading would grant it.
-            raise too_large
+            raise _too_large(max_bytes)
+        if self.pipe is not None and (whole := self.pipe.whole_body()) is not None:
+            if len(whole) > max_bytes:
+                raise _too_large(max_bytes)
+            return whole
         try:
             async with asyncio.timeout(timeout_s):
                 body = await self._collect(max_bytes)
@@ -135,7 +169,7 @@ class HttpExchange:
                 ErrorCode.REQUEST_TIMEOUT, f"The request body did not arrive within {timeout_s:g} seconds."
             ) from None
         if body is None:
-            raise too_large
+            raise _too_large(max_bytes)
         return body
 
     def _declared_bytes(self) -> int:
@@ -159,3 +193,7 @@ class HttpExchange:
             more: bool = message.get("more_body", False)
             if not more or size > max_bytes * DISCARD_FACTOR:
                 return b"".join(parts) if size <= max_bytes else None
+
+
+def _too_large(max_bytes: int) -> StatorError:
+    return StatorError(ErrorCode.BODY_TOO_LARGE, f"The request body is larger than the limit of {max_bytes} bytes.")

@@ -9,12 +9,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from stator.errors import ErrorCode, StatorError
-from stator.frontend.http import error_json
+from stator.frontend.http import PIPE, error_json
 from stator.frontend.settings import ConnectionSettings
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Adds to uvicorn's connection:
+    """Implements frontend.http.Pipe, and adds to uvicorn's connection:
 
     - a deadline and a size for a request's head; a deadline for a client that reads nothing
     - an answer that is running is told when its client leaves, also with another request queued behind it
@@ -38,6 +38,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._on_leave: Callable[[], None] | None = None
+        self._extensions: dict[str, Any] = {PIPE: self}
 
     @property
     def busy(self) -> bool:
@@ -55,6 +57,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._running is not None and self.busy:
             self._running.disconnected = True
             self._running.message_event.set()
+            callback, self._on_leave = self._on_leave, None
+            if callback is not None:
+                callback()
+        self._extensions.clear()
         super().connection_lost(exc)
         self._on_lost()
 
@@ -70,6 +76,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = self._extensions
         self._arm_head_timer()
 
     def on_headers_complete(self) -> None:
@@ -85,6 +92,38 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
+
+    # Pipe.
+
+    def whole_body(self) -> bytes | None:
+        cycle = self._running
+        if cycle is None or cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        return body
+
+    def write_events(self, events: bytes) -> bool:
+        cycle = self._running
+        if (
+            cycle is None
+            or not cycle.chunked_encoding
+            or cycle.response_complete
+            or cycle.disconnected
+            or self.flow.write_paused
+        ):
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(events), events))
+        return True
+
+    def on_leave(self, callback: Callable[[], None] | None) -> None:
+        self._on_leave = callback
+        if callback is None:
+            return
+        # Reading stops while a large body waits to be taken; a client that leaves is noticed by reading.
+        self.flow.resume_reading()
+        if self._running is not None and self._running.disconnected:
+            self._on_leave = None
+            callback()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)

@@ -1,18 +1,20 @@
 """A Processor's stream on its way to one client: a bounded buffer between a sink and a writer."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stator.errors import StatorError
 from stator.frontend.http import ClientGone
 from stator.messages.processor import CompletionDelta
 from stator.observability.metrics import Tally
-from stator.runtime.context import loop_time
 from stator.transport.base import StreamHandle
+
+Write = Callable[[Sequence[CompletionDelta]], bool]
+"""Takes deltas on to the client at once, or returns False and has done nothing."""
 
 
 class DeltaStream:
-    """A transport sink. One reader takes what waits with `batch`.
+    """A transport sink. One reader takes what waits with `batch`; while it waits there, deltas may bypass it.
 
     While more than max_buffered deltas wait, the sender is paused; taking them resumes it. Times are on the loop's
     clock. num_tokens counts what arrived, whether or not the client got it.
@@ -27,7 +29,9 @@ class DeltaStream:
         "_max_buffered",
         "_paused",
         "_pending",
-        "_wake",
+        "_now",
+        "_waiter",
+        "_write",
         "first_token_at",
         "latencies",
         "num_tokens",
@@ -36,7 +40,10 @@ class DeltaStream:
     def __init__(self, max_buffered: int, latencies: Tally) -> None:
         self._max_buffered = max_buffered
         self._pending: list[CompletionDelta] = []
-        self._wake = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._now = loop.time
+        self._waiter: asyncio.Future[None] | None = None
+        self._write: Write | None = None
         self._handle: StreamHandle | None = None
         self._paused = False
         self._ended = False
@@ -53,9 +60,12 @@ class DeltaStream:
     def items(self, items: Sequence[CompletionDelta], /) -> None:
         if self._ended:
             return
+        self._observe(items[0].num_tokens if len(items) == 1 else sum(delta.num_tokens for delta in items))
+        write = self._write
+        if write is not None and write(items):
+            return
         self._pending.extend(items)
-        self._observe(sum(delta.num_tokens for delta in items))
-        self._wake.set()
+        self._wake()
         if not self._paused and len(self._pending) > self._max_buffered and self._handle is not None:
             self._paused = True
             self._handle.pause()
@@ -63,7 +73,7 @@ class DeltaStream:
     def _observe(self, num_tokens: int) -> None:
         if not num_tokens:
             return
-        now = loop_time()
+        now = self._now()
         if self.first_token_at is None:
             self.first_token_at = now
         else:
@@ -75,12 +85,12 @@ class DeltaStream:
         if not self._ended:
             self._ended = True
             self._error = error
-            self._wake.set()
+            self._wake()
 
     def client_gone(self) -> None:
         """Cancels at once: nobody will read what comes."""
         self._client_gone = True
-        self._wake.set()
+        self._wake()
         self.close()
 
     def fail(self, error: StatorError) -> None:
@@ -96,17 +106,27 @@ class DeltaStream:
             if self._handle is not None:
                 self._handle.cancel()
 
-    async def batch(self) -> list[CompletionDelta]:
+    @property
+    def complete(self) -> bool:
+        """The stream ended well and `batch` has handed out all of it."""
+        return self._ended and self._error is None and not self._client_gone and not self._pending
+
+    async def batch(self, write: Write | None = None) -> list[CompletionDelta]:
         """Everything that waits, at least one delta; an empty list once the stream ended well.
 
+        write: gets what arrives while nothing waits; only what it does not take ends the wait.
         Raises the StatorError that ended it, after its last deltas were taken, or ClientGone at once.
         """
         while not self._pending and not self._ended:
             if self._paused and self._handle is not None:
                 self._paused = False
                 self._handle.resume()
-            self._wake.clear()
-            await self._wake.wait()
+            self._write = write
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = self._write = None
         if self._client_gone:
             raise ClientGone
         if self._pending:
@@ -115,3 +135,9 @@ class DeltaStream:
         if self._error is not None:
             raise self._error
         return []
+
+    def _wake(self) -> None:
+        # What follows before the reader runs must queue behind what woke it.
+        self._write = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
