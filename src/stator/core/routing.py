@@ -7,7 +7,7 @@ tokens, then random). All modes see the same candidates: ready instances of the 
 excluded ones are left they are used again, since a second try on a recovered instance beats a refusal.
 
 In `kv` mode the instance that had a session's last request is preferred by AFFINITY of what the whole prompt's prefill
-costs: enough to decide between equals, not enough to wait for. Costs that differ by less than the prefill of a part of
+costs, and a block's: enough to decide between equals, not enough to wait for. Costs that differ by less than the prefill of a part of
 a block are taken as equal: the prediction is no better than that. Of equals the one with least load is taken, then the
 one with least work in the last while, then any.
 """
@@ -321,8 +321,12 @@ class _Scores:
                 load.kv_tokens,
                 load.local_share,
             )
-            totals.append(total - AFFINITY * quote.prefill_ms(0.0) if instance_id == session else total)
+            totals.append(total + self._affinity_ms(candidate, quote) if instance_id == session else total)
         return totals
+
+    @staticmethod
+    def _affinity_ms(candidate: Candidate, quote: Quote) -> float:
+        return -AFFINITY * quote.prefill_ms(0.0) - candidate.block_size * candidate.step_time.b
 
     def explain(self, eligible: Sequence[Candidate], totals: list[float], winner: Candidate) -> list[CandidateTerms]:
         """Terms of the MAX_EXPLAINED cheapest, the winner among them, cheapest first."""
@@ -348,7 +352,7 @@ class _Scores:
             load.num_streams + load.others(self._now)[0],
             load.kv_tokens,
             load.local_share,
-            -AFFINITY * quote.prefill_ms(0.0) if candidate.instance_id == self._session else 0.0,
+            self._affinity_ms(candidate, quote) if candidate.instance_id == self._session else 0.0,
         )
         return CandidateTerms(
             instance_id=candidate.instance_id,

@@ -35,8 +35,8 @@ class DecisionView:
         if not records:
             raise StatorError(
                 ErrorCode.NOT_FOUND,
-                "No decision about this request is known: it is none of the last few thousand, or its id is not the one "
-                "in the answer's body.",
+                "No decision about this request is known: it is not among the last few thousand, or its id is "
+                "not the one in the answer's body.",
             )
         return encode_json({"request_id": request_id, "decisions": records})
 
