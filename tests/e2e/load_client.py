@@ -1,7 +1,8 @@
 """Sends chat requests at once and prints what came back, one JSON list on stdout. Run inside the head's namespace.
 
 Input on stdin: {"url": ..., "requests": [{"body": {...}}, ...]}; each result: {"status", "text", "finish_reason",
-"usage", "done" (a stream ended with [DONE]), "error", "num_chunks", "first_s", "total_s"}.
+"usage", "done" (a stream ended with [DONE]), "error", "num_chunks", "first_s", "total_s"}. When every stream has its
+first text, a line "streaming" goes to stderr.
 """
 
 import asyncio
@@ -13,9 +14,22 @@ from typing import Any
 import aiohttp
 
 
-async def one(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> dict[str, Any]:
+class Started:
+    """Counts streams that have text."""
+
+    def __init__(self, expected: int) -> None:
+        self.left = expected
+
+    def one(self) -> None:
+        self.left -= 1
+        if not self.left:
+            sys.stderr.write("streaming\n")
+            sys.stderr.flush()
+
+
+async def one(session: aiohttp.ClientSession, url: str, body: dict[str, Any], started: Started) -> dict[str, Any]:
     result: dict[str, Any] = {"text": "", "finish_reason": None, "usage": None, "done": False, "error": None}
-    started = time.monotonic()
+    sent = time.monotonic()
     try:
         async with session.post(url, json=body) as response:
             result["status"] = response.status
@@ -28,14 +42,14 @@ async def one(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
                 else:
                     result["error"] = answer["error"]
             else:
-                await read_stream(response, result, started)
+                await read_stream(response, result, sent, started)
     except Exception as error:
         result["error"] = repr(error)
-    result["total_s"] = time.monotonic() - started
+    result["total_s"] = time.monotonic() - sent
     return result
 
 
-async def read_stream(response: aiohttp.ClientResponse, result: dict[str, Any], started: float) -> None:
+async def read_stream(response: aiohttp.ClientResponse, result: dict[str, Any], sent: float, started: Started) -> None:
     result["num_chunks"] = 0
     async for line in response.content:
         if not line.startswith(b"data: "):
@@ -49,13 +63,15 @@ async def read_stream(response: aiohttp.ClientResponse, result: dict[str, Any], 
         if "error" in event:
             result["error"] = event["error"]
             continue
-        result.setdefault("first_s", time.monotonic() - started)
         result["num_chunks"] += 1
         result["usage"] = event.get("usage") or result["usage"]
         for choice in event["choices"]:
             delta = choice["delta"].get("content") if "delta" in choice else choice["text"]
             if delta and result["finish_reason"]:
                 result["error"] = "text after the end"
+            if delta and not result["text"]:
+                result["first_s"] = time.monotonic() - sent
+                started.one()
             result["text"] += delta or ""
             if choice["finish_reason"]:
                 if result["finish_reason"]:
@@ -67,8 +83,9 @@ async def main() -> None:
     plan = json.load(sys.stdin)
     timeout = aiohttp.ClientTimeout(total=plan.get("timeout_s", 240))
     connector = aiohttp.TCPConnector(limit=0)
+    started = Started(len(plan["requests"]))
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        results = await asyncio.gather(*(one(session, plan["url"], r["body"]) for r in plan["requests"]))
+        results = await asyncio.gather(*(one(session, plan["url"], r["body"], started) for r in plan["requests"]))
     json.dump(results, sys.stdout)
 
 

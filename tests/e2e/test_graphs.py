@@ -1,10 +1,9 @@
 """Every example graph serves, and decode workers come and go."""
 
 import json
-import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,25 @@ class Head:
         joined.wait_for("joined", 60)
         return joined
 
-    def send(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def send(
+        self, bodies: list[dict[str, Any]], when_streaming: Callable[[], object] = lambda: None
+    ) -> list[dict[str, Any]]:
+        """when_streaming: called once every stream has its first text."""
         plan = {
             "url": f"http://127.0.0.1:{self.port}/v1/chat/completions",
             "requests": [{"body": {"model": "tiny-llama", "temperature": 0, **body}} for body in bodies],
         }
-        done = subprocess.run(
-            [sys.executable, str(CLIENT)], input=json.dumps(plan), capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        pipe = subprocess.PIPE
+        with subprocess.Popen([sys.executable, str(CLIENT)], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as client:
+            assert client.stdin is not None and client.stderr is not None
+            client.stdin.write(json.dumps(plan))
+            client.stdin.close()
+            client.stdin = None
+            if any(body.get("stream") for body in bodies) and client.stderr.readline() == "streaming\n":
+                when_streaming()
+            out, errors = client.communicate(timeout=120)
+        assert client.returncode == 0, errors
+        return json.loads(out)
 
     def curl(self, path: str) -> str:
         url = f"http://127.0.0.1:{self.port}{path}"
@@ -77,15 +85,9 @@ def test_a_joined_decode_worker_shares_the_load_and_its_death_costs_no_token(
     head = Head("graphs.agg_router", tmp_path)
     joined = head.join("components.worker:VllmWorker")
     try:
-        bodies = [{"messages": LONG_STORY, "max_tokens": 500, "stream": True, "ignore_eos": True}] * 8
-        results: list[dict[str, Any]] = []
-        client = threading.Thread(target=lambda: results.extend(head.send(bodies)))
-        client.start()
-        # The stats line comes while it works: requests are in mid-stream.
-        joined.wait_for(r"Running: [1-9]", 60)
-        for process in joined.tree():
-            process.send_signal(signal.SIGKILL)
-        client.join(120)
+        bodies = [{"messages": LONG_STORY, "max_tokens": 1200, "stream": True, "ignore_eos": True}] * 8
+        results = head.send(bodies, when_streaming=joined.kill_tree)
+        head.serve.wait_for(r"goes on elsewhere after [1-9]\d* tokens", 5)
         alone = head.send(bodies[:1])[0]
         assert [r["error"] for r in results] == [None] * 8
         assert {r["text"] for r in results} == {alone["text"]}
