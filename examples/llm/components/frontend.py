@@ -5,9 +5,11 @@ from random import Random
 
 from components.processor import Processor
 from stator import frontend
-from stator.graph import ServiceContext, depends, on_drain, on_start, on_stop, service
+from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
+from stator.messages.metrics import MetricsSnapshot, SnapshotRequest
 from stator.observability.metrics import Metrics
 from stator.observability.monitor import WorkerMonitor
+from stator.transport import Call
 
 DRAIN_GRACE_S = 60.0
 
@@ -20,14 +22,27 @@ class Frontend:
     async def start(self, context: ServiceContext) -> None:
         started, instances = int(time.time()), context.directory.instances
         metrics = Metrics()
+        # With ServiceArgs.workers above 1 this is one of several processes on one listening socket.
+        self.copies = frontend.FrontendCopies(
+            instance_id=context.instance_id,
+            client=context.client,
+            server=context.server,
+            directory=context.directory,
+            metrics=metrics,
+            process=context.process,
+            copies=context.copies,
+        )
         app = frontend.FrontendApp(
             client=context.client,
             targets=self.processor.targets,
             models=lambda: frontend.models_of(instances(), started),
             health=lambda: frontend.health_of(instances()),
             metrics=metrics,
+            scrape=self.copies.scrape,
         )
-        self.server = frontend.FrontendServer(app, host=context.config.host, port=context.config.port)
+        self.server = frontend.FrontendServer(
+            app, host=context.config.host, port=context.config.port, fd=context.listen_fd
+        )
         await self.server.start()
         self.monitor = WorkerMonitor(
             client=context.client, directory=context.directory, sink=metrics.workers, rng=Random()
@@ -41,6 +56,11 @@ class Frontend:
         model = next(i.model for i in directory.instances(role="decode") if i.model)
         host = context.host if context.config.host in ("0.0.0.0", "::") else context.config.host
         context.report_serving(f"http://{host}:{self.server.port}", model)
+
+    @endpoint(request=SnapshotRequest, item=MetricsSnapshot)
+    def metrics(self, call: Call) -> None:
+        """This process's own figures, for the other processes of this frontend."""
+        self.copies.snapshot(call)
 
     @on_drain
     async def drain(self) -> None:

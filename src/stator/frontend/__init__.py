@@ -1,7 +1,8 @@
 """The Frontend: OpenAI's API over HTTP."""
 
 from stator.frontend.app import FrontendApp
+from stator.frontend.copies import FrontendCopies
 from stator.frontend.health import health_of, models_of
 from stator.frontend.server import FrontendServer
 
-__all__ = ["FrontendApp", "FrontendServer", "health_of", "models_of"]
+__all__ = ["FrontendApp", "FrontendCopies", "FrontendServer", "health_of", "models_of"]

@@ -32,6 +32,7 @@ class FrontendApp:
     """client, targets: how to call a Processor. models: what `/v1/models` lists, and the models that metrics name.
 
     health: asked by each `/health`. All three callables must be quick; they run on the event loop.
+    scrape: what `/metrics` answers; default `metrics` alone, which a frontend of several processes adds to.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class FrontendApp:
         models: Callable[[], Sequence[ModelCard]],
         health: Callable[[], HealthReport],
         metrics: Metrics,
+        scrape: Callable[[], Awaitable[bytes]] | None = None,
         settings: FrontendSettings | None = None,
         rng: random.Random | None = None,
         wall: Callable[[], float] = time.time,
@@ -49,6 +51,7 @@ class FrontendApp:
         self._models = models
         self._health = health
         self._metrics = metrics
+        self._scrape = scrape
         self._rng = rng if rng is not None else random.Random()
         self.generation = Generation(
             client=client,
@@ -137,7 +140,8 @@ class FrontendApp:
         await http.respond(200, b'{"status":"live"}')
 
     async def _report_metrics(self, http: HttpExchange) -> None:
-        await http.respond(200, self._metrics.render(), CONTENT_TYPE.encode("ascii"))
+        text = self._metrics.render() if self._scrape is None else await self._scrape()
+        await http.respond(200, text, CONTENT_TYPE.encode("ascii"))
 
     async def _report_version(self, http: HttpExchange) -> None:
         await http.respond(200, encode_json({"version": stator.__version__}))

@@ -78,6 +78,14 @@ FRONTEND_METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("rejected_total", _C, "Requests turned away, by error code.", ("reason",)),
 )
 
+FRONTEND_PROCESS_UP = MetricSpec(
+    "frontend_process_up",
+    _G,
+    "1 for each process of the frontend that answered this scrape. With several, all that the frontend itself "
+    "counts is labelled by process.",
+    ("process",),
+)
+
 _WORKER = ("worker", "service", "role", "host")
 
 WORKER_METRICS: tuple[MetricSpec, ...] = (
