@@ -288,6 +288,7 @@ class KvView(Generic[K]):
         self._sequence = 0
         self._num_blocks = 0
         self._xor = 0
+        self._closed = False
 
     @property
     def trusted(self) -> bool:
@@ -357,7 +358,7 @@ class KvView(Generic[K]):
         if (self._num_blocks, self._xor) != (digest.num_blocks, digest.xor):
             return self._mismatch()
         assert self._loading is not None, "the chunks were stored there"
-        self._index.set_closed(self._loading, item.closed)
+        self._set_closed(self._loading, item.closed)
         if self._holder is None:
             self._index.show(self._loading)
         else:
@@ -377,8 +378,13 @@ class KvView(Generic[K]):
         self._sequence = item.sequence
         for change in item.changes:
             self._change(self._holder, change)
-        self._index.set_closed(self._holder, item.closed)
+        if item.closed != self._closed:
+            self._set_closed(self._holder, item.closed)
         return Received.PROGRESS
+
+    def _set_closed(self, holder: Holder[K], closed: bool) -> None:
+        self._closed = closed
+        self._index.set_closed(holder, closed)
 
     def _change(self, holder: Holder[K], change: KvChange) -> None:
         hashes = unpack_hashes(change.hashes)

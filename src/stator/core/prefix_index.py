@@ -38,7 +38,7 @@ TOUCHED = 1
 DEFAULT_MAX_ENTRIES = 8_000_000
 MAX_INTERNED = 65_536
 FEW_HOLDERS = 24
-MAX_NAMED_MASKS = 256
+MAX_ANSWERS = 256
 KEY_BYTES = 48
 """What CPython allocates for a 64-bit integer."""
 
@@ -69,8 +69,9 @@ class PrefixIndex(Generic[K]):
         self.num_dropped = 0
         self._shards: list[dict[int, int]] = [{} for _ in range(NUM_SHARDS)]
         self._interned: dict[int, int] = {}
-        self._names: list[K | None] = [None]
-        self._names_by_mask: dict[int, tuple[K, ...]] = {}
+        # By position. Nobody has position 0, and nobody asks for the name of a position that is free.
+        self._names: list[K] = [cast("K", None)]
+        self._answers: dict[tuple[int, int], dict[K, int]] = {}
         self._free: list[int] = []
         self._retired: list[int] = []
         self._sweeping: list[int] = []
@@ -138,12 +139,18 @@ class PrefixIndex(Generic[K]):
         interned = self._interned
         if len(interned) > MAX_INTERNED:
             interned.clear()
+        # Neighbours mostly have the same holders, in the same interned object.
+        before = after = bit
         for block_hash in hashes:
             shard = shards[block_hash & SHARD_MASK]
             mask = shard.setdefault(block_hash, bit)
-            if mask is not bit and not mask & bit:
-                mask |= bit
-                shard[block_hash] = interned.setdefault(mask, mask)
+            if mask is bit:
+                continue
+            if mask is before:
+                shard[block_hash] = after
+            elif not mask & bit:
+                before, after = mask, mask | bit
+                shard[block_hash] = after = interned.setdefault(after, after)
 
     def remove(self, holder: Holder[K], hashes: Sequence[int]) -> None:
         """It does not hold these blocks any more. Removing what it does not hold changes nothing."""
@@ -151,19 +158,19 @@ class PrefixIndex(Generic[K]):
         shards = self._shards
         interned = self._interned
         live = self._live
+        before, after = bit, 0
         for block_hash in hashes:
             shard = shards[block_hash & SHARD_MASK]
-            mask = shard.get(block_hash)
-            if mask is None:
-                continue
-            if mask is bit:
+            mask = shard.get(block_hash, 0)
+            if mask is not before:
+                if not mask & bit:
+                    continue
+                before, after = mask, mask ^ bit
+                after = interned.setdefault(after, after) if after & live else 0
+            if after:
+                shard[block_hash] = after
+            else:
                 del shard[block_hash]
-            elif mask & bit:
-                mask ^= bit
-                if mask & live:
-                    shard[block_hash] = interned.setdefault(mask, mask)
-                else:
-                    del shard[block_hash]
 
     def holds(self, holder: Holder[K], block_hash: int) -> bool:
         return bool(self._shards[block_hash & SHARD_MASK].get(block_hash, 0) & self._bit(holder))
@@ -245,23 +252,24 @@ class PrefixIndex(Generic[K]):
         if num_leavers > FEW_HOLDERS:
             # The holders of a popular prefix are the same from lookup to lookup, those that leave it are not.
             many = holders if 2 * num_leavers >= holders.bit_count() else leavers
-            found = dict.fromkeys(self._names_of(many), num_blocks)
-            return result | found if result else found
+            found = self._answer(many, num_blocks)
+            return result | found if result else found.copy()
         names = self._names
         while leavers:
             lowest = leavers & -leavers
             leavers ^= lowest
-            result[cast("K", names[lowest.bit_length() - 1])] = num_blocks
+            result[names[lowest.bit_length() - 1]] = num_blocks
         return result
 
-    def _names_of(self, holders: int) -> tuple[K, ...]:
-        known = self._names_by_mask.get(holders)
-        if known is None:
-            if len(self._names_by_mask) >= MAX_NAMED_MASKS:
-                self._names_by_mask.clear()
+    def _answer(self, holders: int, num_blocks: int) -> dict[K, int]:
+        """All of them with this many blocks; not to be changed."""
+        answer = self._answers.get((holders, num_blocks))
+        if answer is None:
+            if len(self._answers) >= MAX_ANSWERS:
+                self._answers.clear()
             flags = format(holders, "b")[::-1].encode().translate(_BITS_TO_FLAGS)
-            known = self._names_by_mask[holders] = tuple(compress(cast("list[K]", self._names), flags))
-        return known
+            answer = self._answers[holders, num_blocks] = dict.fromkeys(compress(self._names, flags), num_blocks)
+        return answer
 
     # Room.
 
@@ -276,8 +284,9 @@ class PrefixIndex(Generic[K]):
 
     @property
     def memory_bytes(self) -> int:
-        """Estimate of what the table takes: dictionaries, keys, and distinct masks."""
+        """Estimate of what the table takes: dictionaries, keys, distinct masks, and answers kept to be copied."""
         tables = sum(map(sys.getsizeof, self._shards)) + sys.getsizeof(self._interned)
+        tables += sum(map(sys.getsizeof, self._answers.values()))
         mask_bytes = sys.getsizeof(self._live) if self._live else 0
         return tables + self.num_entries * KEY_BYTES + (len(self._interned) + self.num_holders) * mask_bytes
 
@@ -285,7 +294,7 @@ class PrefixIndex(Generic[K]):
     def needs_cleaning(self) -> bool:
         return bool(self._retired or self._sweeping)
 
-    def clean(self, budget: int = 4096) -> bool:
+    def clean(self, budget: int = 2048) -> bool:
         """Look at about `budget` entries for bits of retired holders. Returns whether there is more to do."""
         if not self._sweeping:
             if not self._retired:
@@ -311,16 +320,16 @@ class PrefixIndex(Generic[K]):
         keys = self._sweep_keys[-budget:]
         del self._sweep_keys[-budget:]
         live = self._live
-        keep = live | TOUCHED
+        dead = sum(1 << position for position in self._sweeping)
         for key in keys:
-            mask = shard.get(key)
-            if mask is None:
+            mask = shard.get(key, 0)
+            if not mask & dead:
                 continue
-            if not mask & live:
-                del shard[key]
-            elif mask & keep != mask:
-                mask &= keep
+            if mask & live:
+                mask &= live | TOUCHED
                 shard[key] = self._interned.setdefault(mask, mask)
+            else:
+                del shard[key]
         return len(keys)
 
     def _make_room(self, holder: Holder[K], hashes: Sequence[int]) -> Sequence[int]:
@@ -379,6 +388,8 @@ class PrefixIndex(Generic[K]):
         if self._free:
             position = heapq.heappop(self._free)
             self._names[position] = holder.name
+            # Masks with this position in them meant who had it before.
+            self._answers.clear()
         else:
             position = len(self._names)
             self._names.append(holder.name)
@@ -392,8 +403,5 @@ class PrefixIndex(Generic[K]):
         self._shown &= others
         self._closed &= others
         self._holed &= others
-        self._names[holder.position] = None
-        # A mask of shown holders never has the bits of a position that is free, but it may be taken again.
-        self._names_by_mask.clear()
         self._retired.append(holder.position)
         holder.bit = 0
