@@ -3,7 +3,7 @@
 python benchmarks/prefix_index.py [--quick]
 
 Workload: conversations of 125 blocks (8k tokens in blocks of 64), of which the first 32 are one of 40 system prompts;
-each conversation is held by three workers, so that a system prompt is held by about 200. Some prompts have 100k tokens.
+each conversation is held by three workers, so that a system prompt is held by about 250. Some prompts have 100k tokens.
 All figures are CPU time of this process, the best of some rounds.
 """
 
