@@ -1,0 +1,176 @@
+"""`stator serve --dry-run` on the example graphs and their configurations."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "llm"
+EIGHT = ("--dry-run", "--assume-gpus", "8xH100-80GB")
+
+
+def stator(
+    *arguments: str, cwd: Path = EXAMPLES, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("NATS_", "ETCD", "STATOR_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "stator.cli.main", "serve", *arguments],
+        cwd=cwd,
+        env={**environment, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> dict[str, str]:
+    return {"XDG_STATE_HOME": str(tmp_path / "state")}
+
+
+def plan(*arguments: str, env: dict[str, str]) -> dict[str, Any]:
+    done = stator(*arguments, "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def options(made: dict[str, Any], service: str) -> dict[str, tuple[Any, str]]:
+    (found,) = [s for s in made["services"] if s["name"] == service]
+    return {option["key"]: (option["value"], option["origin"]) for option in found["options"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "length"),
+    [
+        ("multinode-405b.yaml", "nvidia/Llama-3.1-405B-Instruct-FP8", 8192),
+        ("multinode_llama49b.yaml", "nvidia/Llama-3_3-Nemotron-Super-49B-v1", 2048),
+    ],
+)
+def test_the_head_of_a_big_deployment(name: str, model: str, length: int, state: dict[str, str]) -> None:
+    made = plan("graphs.agg_router:Frontend", "-f", f"./configs/{name}", *EIGHT, env=state)
+    assert [(p["label"], p["services"], p["gpus"]) for p in made["processes"]] == [
+        ("Frontend:1", ["Frontend", "Processor", "Router"], ""),
+        ("VllmWorker:1", ["VllmWorker"], "0,1,2,3,4,5,6,7"),
+    ]
+    assert "HTTP on 0.0.0.0:8000" in made["processes"][0]["addresses"]
+    assert made["gpus"] == "8 x H100, 80 GB (assumed)"
+    worker = options(made, "VllmWorker")
+    lines = (EXAMPLES / "configs" / name).read_text().splitlines()
+    for key, value in (("model", model), ("max-model-len", length), ("tensor-parallel-size", 8)):
+        found, origin = worker[key]
+        assert found == value
+        file, line = origin.split(":")
+        assert file == f"configs/{name}" and lines[int(line) - 1].strip().startswith(f"{key}:")
+    assert worker["ServiceArgs.resources.gpu"][0] == 8
+    assert worker["engine"] == ("vllm", "default")
+    # What another section says: the place there.
+    served, origin = options(made, "Processor")["served-model-name"]
+    assert served == model and "served_model_name" in lines[int(origin.split(":")[1]) - 1]
+    assert made["refusal"].startswith("VllmWorker.engine is vllm (the default): the vLLM engine comes with a later")
+    assert not Path(state["XDG_STATE_HOME"]).exists()
+
+
+def test_the_prefill_node_of_a_big_deployment(state: dict[str, str]) -> None:
+    target = ("components.prefill_worker:PrefillWorker", "-f", "./configs/multinode-405b.yaml")
+    made = plan(*target, *EIGHT, "--join", "10.0.0.1", env=state)
+    assert [(p["label"], p["gpus"]) for p in made["processes"]] == [("PrefillWorker:1", "0,1,2,3,4,5,6,7")]
+    assert made["control_plane"] == "joins the head at 10.0.0.1:7440"
+    assert "PrefillWorker is a component target" in plan(*target, *EIGHT, env=state)["refusal"]
+
+
+def test_a_plan_for_people(state: dict[str, str]) -> None:
+    done = stator(
+        "graphs.disagg_router:Frontend", "-f", "configs/tiny.yaml", "--dry-run", "--assume-gpus", "2xL4-24GB",
+        "--Frontend.ServiceArgs.workers=2", "--VllmWorker.ServiceArgs.resources.gpu=0.5",
+        "--VllmWorker.ServiceArgs.workers", "2", "--PrefillWorker.ServiceArgs.resources.gpu='1'",
+        "--PrefillWorker.ServiceArgs.resources.cpu=4", "--VllmWorker.ServiceArgs.envs.A=b",
+        "--VllmWorker.tensor-parallel-size=1", env=state,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    for label, gpus in (("VllmWorker:1", "1"), ("VllmWorker:2", "1"), ("PrefillWorker:1", "0")):
+        block = text[text.index(f"  {label}\n") :].split("\n  ", 8)
+        assert f"CUDA_VISIBLE_DEVICES={gpus}" in "".join(block[:4])
+    assert "  Router:1\n    services     Router\n    GPUs         none\n    address      Unix socket" in text
+    assert "HTTP on 0.0.0.0:8000 (one socket for 2 processes)" in text
+    assert re.search(r"environment .*OMP_NUM_THREADS=4", text)
+    assert re.search(r"environment .*A=b", text)
+    assert re.search(r"max-local-prefill-length +64 +configs/tiny.yaml:\d+", text)
+    assert re.search(r"ServiceArgs.workers +2 +--VllmWorker.ServiceArgs.workers=2", text)
+    assert re.search(r"ServiceArgs.workers +1 +configs/tiny.yaml:\d+", text)
+    assert re.search(r"migration-limit +3 +configs", text) and re.search(r"host +0.0.0.0 +default", text)
+    assert text.count("the local engine has no use for tensor-parallel-size: accepted and ignored") == 1
+    assert "A start would stop here" not in text
+
+
+CONFIG = """\
+Frontend:
+  port: many
+VllmWorker:
+  model: m
+  max-num-seq: 3
+  gpu-memory-utilization: high
+  ServiceArgs:
+    resources: {gpu: 1.5}
+Processor:
+  model: m
+"""
+
+
+def test_mistakes_stop_with_file_line_found_and_expected(state: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    done = stator("graphs.agg_router:Frontend", "-f", str(tmp_path / "c.yaml"), *EIGHT, env=state)
+    assert (done.returncode, done.stdout) == (2, "")
+    file = tmp_path / "c.yaml"
+    assert done.stderr.splitlines() == [
+        f'stator: {file}:2: Frontend.port: found "many", expected a whole number, at least 0, at most 65535',
+        f"{file}:5: VllmWorker.max-num-seq: unknown key; vLLM 0.32.0 has no such flag (did you mean max-num-seqs?)",
+        f'{file}:6: VllmWorker.gpu-memory-utilization: found "high", expected a number',
+    ]
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("max-num-seq:", "tensor-parallel-size:").replace("high", "0.9"))
+    done = stator("graphs.agg_router:Frontend", "-f", "c.yaml", "--Frontend.port=1", *EIGHT, cwd=EXAMPLES, env=state)
+    assert "c.yaml: the configuration file cannot be read" in done.stderr
+    done = stator("graphs.agg_router:Frontend", "-f", str(file), "--Frontend.port=1", *EIGHT, env=state)
+    assert done.stderr.splitlines() == [
+        f"stator: {file}:8: VllmWorker.ServiceArgs.resources.gpu: found 1.5, expected a whole number, or a fraction "
+        f"below 1",
+        f"{file}:5: VllmWorker: tensor-parallel-size 3 needs 3 GPUs for a process, and ServiceArgs.resources.gpu is "
+        f"1.5 ({file}:8)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("graphs.disagg_router:Frontend", "-f", "configs/multinode-405b.yaml", *EIGHT),
+            "not enough GPUs on this node: 16 asked (VllmWorker:1 8, PrefillWorker:1 8), 8 there",
+        ),
+        (
+            ("graphs.agg_router:Frontend", "-f", "configs/tiny.yaml", "--dry-run", "--VlmWorker.model=x"),
+            "--VlmWorker.model=x: there is no service VlmWorker (did you mean VllmWorker?)",
+        ),
+        (("graphs.agg_router:Frontend", "--assume-gpus", "8"), "--assume-gpus is for --dry-run"),
+        (("graphs.agg_router:Frontend", "--json"), "--json is for --dry-run"),
+        (
+            ("graphs.agg_router:Frontend", "-f", "configs/tiny.yaml", "--dry-run", "--assume-gpus", "many"),
+            "--assume-gpus many: expected COUNTxNAME-MEMORY, for instance 8xH100-80GB",
+        ),
+        (("graphs.agg_rooter:Frontend", "--dry-run"), "there is no module 'graphs.agg_rooter'"),
+        (
+            ("graphs.agg_router:Frontend", "-f", "configs/multinode-405b.yaml", "--hub-port", "0"),
+            "VllmWorker.engine is vllm (the default): the vLLM engine comes with a later version of Stator; this one "
+            "has local",
+        ),
+    ],
+)
+def test_what_is_refused(arguments: tuple[str, ...], message: str, state: dict[str, str]) -> None:
+    done = stator(*arguments, env=state)
+    assert done.returncode == 2, done.stdout
+    # Usage errors are framed and wrapped.
+    assert message in done.stderr or message in re.sub(r"\s+", " ", done.stderr)
