@@ -99,7 +99,7 @@ class Simulation:
         self.history.record(await self.world.add(f"worker-{self.num_added}", num_blocks=self.rng.randint(20, 80)))
 
     async def _work(self, duration_s: float, *, faulty: bool) -> None:
-        """Requests, evictions and resets on all workers; under faults workers die, hang up and join as well."""
+        """Requests, evictions and resets on all workers; under faults workers die, join and restart as well."""
         end = loop_time() + duration_s
         while loop_time() < end:
             for worker in list(self.world.workers.values()):
@@ -123,6 +123,8 @@ class Simulation:
             self.client.lose_all()
         if rng.random() < 0.02 and len(self.world.workers) > 1:
             await self.world.remove(rng.choice(list(self.world.workers.values())))
+        if rng.random() < 0.03:
+            await self.world.restart(rng.choice(list(self.world.workers.values())))
         if rng.random() < 0.02 and len(self.world.workers) < 5:
             await self._add_worker()
 

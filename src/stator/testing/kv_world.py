@@ -120,15 +120,7 @@ class KvWorld:
     async def add(self, name: str, *, num_blocks: int = 64, role: str = "decode") -> KvWorker:
         """A worker that is announced; returns once the directory has it."""
         engine = CacheOnly(num_blocks)
-        server = RequestPlaneServer(
-            Identity(instance_id=InstanceId(name)),
-            Listen(host=None, inproc_name=name),
-            network=self._network,
-            settings=self._settings,
-        )
-        publisher = KvPublisher(engine, limits=self._limits)
-        server.register(Endpoint(KV_EVENTS_ENDPOINT, KvSubscribe, publisher.kv_events))
-        await server.start()
+        server, publisher = await self._serve(name, engine)
         lease = await self._discovery.grant_lease()
         worker = KvWorker(name, engine, server, publisher, lease)
         await register_instance(self._discovery, lease, self._info(name, role, server.addresses))
@@ -142,6 +134,11 @@ class KvWorld:
         await worker.die()
         await self.directory.wait_for(lambda d: d.get(worker.instance_id) is None, 10.0)
 
+    async def restart(self, worker: KvWorker) -> None:
+        """Its server and publisher are made anew; engine, address and lease stay."""
+        await worker.hang_up()
+        worker.server, worker.publisher = await self._serve(worker.instance_id, worker.engine)
+
     async def close(self) -> None:
         for worker in list(self.workers.values()):
             await worker.die()
@@ -150,6 +147,18 @@ class KvWorld:
         await self.client.close()
         await self._discovery.close()
         self._store.close()
+
+    async def _serve(self, name: str, engine: CacheOnly) -> tuple[RequestPlaneServer, KvPublisher]:
+        server = RequestPlaneServer(
+            Identity(instance_id=InstanceId(name)),
+            Listen(host=None, inproc_name=name),
+            network=self._network,
+            settings=self._settings,
+        )
+        publisher = KvPublisher(engine, limits=self._limits)
+        server.register(Endpoint(KV_EVENTS_ENDPOINT, KvSubscribe, publisher.kv_events))
+        await server.start()
+        return server, publisher
 
     def _info(self, name: str, role: str, addresses: Sequence[str]) -> InstanceInfo:
         return InstanceInfo(

@@ -159,6 +159,29 @@ def test_a_lost_connection_with_a_living_lease_keeps_the_old_view_untrusted() ->
     run_virtual(run())
 
 
+def test_a_publisher_that_begins_anew_is_followed() -> None:
+    async def run() -> None:
+        world = await started()
+        worker = await world.add("worker")
+        worker.engine.run(PROMPTS[0])
+        index = make_index(world)
+        await asyncio.sleep(SOON_S)
+        await world.restart(worker)
+        worker.engine.reset()
+        worker.engine.run(PROMPTS[1])
+        await asyncio.sleep(RECOVERY_BOUND_S)
+        assert index.trusted(worker.instance_id)
+        for prompt in PROMPTS[:2]:
+            held = worker.engine.held()
+            depth = next((i for i, h in enumerate(prompt_hashes(prompt)) if h not in held), len(prompt_hashes(prompt)))
+            assert index.overlaps(prompt_hashes(prompt)).get(worker.instance_id, 0) == depth
+        assert index.stats().num_stale == 0
+        index.close()
+        await world.close()
+
+    run_virtual(run())
+
+
 def test_a_stream_that_says_nothing_is_given_up() -> None:
     async def run() -> None:
         world = await started()
