@@ -1,6 +1,7 @@
 """`stator serve` as a user runs it: real processes, small services of the user's own, loopback only."""
 
 import contextlib
+import importlib.util
 import os
 import queue
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ WAIT_S = 20.0
 
 SERVICES = """
 import os
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -50,6 +53,12 @@ class Echo:
             raise ConfigError("Echo.fail: found config, expected something better")
         if self.config.fail == "crash":
             raise RuntimeError("no engine here")
+        if self.config.fail == "differently":
+            tries = Path("tries")
+            tries.write_text((tries.read_text() if tries.exists() else "") + "x")
+            raise RuntimeError("the port is taken" if tries.read_text() == "x" else "the lock is held")
+        print("sees", {key: os.environ.get(key) for key in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")})
+        print(f"runs on {sys.executable}")
 
     @endpoint
     async def echo(self, request: Word) -> AsyncIterator[Word]:
@@ -340,6 +349,81 @@ def test_a_process_that_keeps_failing_stops_the_node(start: Start) -> None:
     assert delays == ["0.5", "1", "2", "4"]
     assert node.lines[-1] == "Echo:1 failed 5 times in a row"
     assert node.lines[-2] == "stator: Echo:1 exited with code 1: RuntimeError: no engine here"
+
+
+def test_the_first_error_is_on_top_when_giving_up(start: Start) -> None:
+    node = start_head(start, "--Echo.fail=differently")
+    assert node.ended() == 1
+    assert node.text.count("RuntimeError: the lock is held; starting it again") == 3
+    assert node.lines[-2:] == [
+        "stator: Echo:1 exited with code 1: RuntimeError: the port is taken",
+        "Echo:1 failed 5 times in a row",
+    ]
+
+
+def test_each_process_sees_its_gpus_and_threads(start: Start) -> None:
+    flags = ["--Echo.ServiceArgs.resources.gpu=0.5", "--Echo.ServiceArgs.resources.cpu=2"]
+    node = start_head(start, *flags, "--Echo.ServiceArgs.workers=3", env={"CUDA_VISIBLE_DEVICES": "5,7"})
+    for index, gpu in ((1, 5), (2, 5), (3, 7)):
+        node.until(rf"\[Echo:{index}\] sees {{'CUDA_VISIBLE_DEVICES': '{gpu}', 'OMP_NUM_THREADS': '2'}}")
+    node.until("Stator is ready")
+    assert node.stop() == 0
+
+
+def test_a_shortage_of_gpus_stops_the_start(start: Start) -> None:
+    node = start_head(start, "--Echo.ServiceArgs.resources.gpu=2", env={"CUDA_VISIBLE_DEVICES": "3"})
+    assert node.ended() == 2
+    assert node.lines[0].startswith("stator: not enough GPUs on this node: 2 asked (Echo:1 2), 1 there (3). Lower")
+
+
+def bare_environment(path: Path, *packages: str) -> Path:
+    """A virtual environment without Stator, which has the named packages of ours."""
+    venv.create(path, symlinks=True, with_pip=False)
+    (site,) = path.glob("lib/python*/site-packages")
+    for name in packages:
+        found = importlib.util.find_spec(name)
+        assert found is not None and found.origin is not None
+        origin = Path(found.origin)
+        source = origin.parent if origin.name == "__init__.py" else origin
+        (site / source.name).symlink_to(source)
+    return path / "bin" / "python"
+
+
+# What a process needs before the services' own code.
+NEEDED = ("msgspec", "uvloop", "xxhash", "ruamel", "psutil")
+
+
+def test_a_service_runs_in_another_environment_that_lacks_stator(start: Start, tmp_path: Path) -> None:
+    python = bare_environment(tmp_path / "other", *(name for name in NEEDED if name != "ruamel"))
+    (site,) = (tmp_path / "other").glob("lib/python*/site-packages")
+    ruamel = importlib.util.find_spec("ruamel.yaml")
+    assert ruamel is not None and ruamel.origin is not None
+    (site / "ruamel").mkdir()
+    (site / "ruamel" / "yaml").symlink_to(Path(ruamel.origin).parent)
+    node = start_head(start, f"--Echo.ServiceArgs.python={python}")
+    node.until(rf"\[Echo:1\] runs on {python}")
+    node.until("answer from pid=.*hello you")
+    node.until("Stator is ready")
+    assert node.stop() == 0
+
+
+def test_an_interpreter_that_does_not_suit_is_refused_by_name(start: Start, tmp_path: Path) -> None:
+    python = bare_environment(tmp_path / "bare")
+    node = start_head(start, f"--Echo.ServiceArgs.python={python}")
+    assert node.ended() == 2
+    assert re.search(rf"stator: Echo:1: {python} lacks \w+, which Stator needs: .* -m pip install stator==", node.text)
+    (site,) = (tmp_path / "bare").glob("lib/python*/site-packages")
+    (site / "stator").mkdir()
+    (site / "stator" / "__init__.py").write_text("__version__ = '0.0.1'")
+    node = start_head(start, f"--Echo.ServiceArgs.python={python}")
+    assert node.ended() == 2
+    assert f"Echo:1: {python} has stator 0.0.1, and this is" in node.text
+    old = tmp_path / "old"
+    old.write_text('#!/bin/sh\necho \'{"python": [3, 9, 2], "stator": null, "missing": null}\'\n')
+    old.chmod(0o755)
+    node = start_head(start, f"--Echo.ServiceArgs.python={old}")
+    assert node.ended() == 2
+    assert f"{old} is Python 3.9.2; Stator needs 3.11 or newer" in node.text
 
 
 def test_wrong_configuration_found_by_a_service_is_shown_and_not_tried_again(start: Start) -> None:
