@@ -154,6 +154,26 @@ def lookups(deployment: Deployment, rounds: int) -> None:
         print(f"{'lookup: ' + name:<52} {microseconds:8.1f} us   {1e6 / microseconds:9,.0f}/s   ({found:.0f} found)")
 
 
+def restart(deployment: Deployment) -> None:
+    """A new router takes the snapshots of all workers."""
+    encode = msgspec.msgpack.Encoder().encode
+    decode = msgspec.msgpack.Decoder(KvItem).decode
+    chunks = {name: [encode(chunk) for chunk in source.snapshot()] for name, source in deployment.sources.items()}
+    index: Index = PrefixIndex()
+    stats = KvViewStats()
+    gc.collect()
+
+    def run() -> None:
+        for name, items in chunks.items():
+            view = KvView(index, name, stats)
+            view.open()
+            for data in items:
+                view.receive(decode(data))
+
+    seconds = cpu_s(run)
+    print(f"{'restart of a router: snapshots of all workers':<44} {seconds:8.2f} s   ({stats.num_events:,} pairs)")
+
+
 def removals(deployment: Deployment) -> None:
     gc.collect()
     rate = deployment.receive(deployment.removed_items())
@@ -191,6 +211,7 @@ def main() -> None:
     deployment.open_all()
     events(deployment)
     lookups(deployment, 100 if quick else 1_000)
+    restart(deployment)
     removals(deployment)
     deaths(deployment)
     hashing(20 if quick else 200)
