@@ -6,7 +6,7 @@ time, or at once when the request failed before its first token.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from stator.ids import InstanceId
@@ -25,7 +25,7 @@ class BookedBlocks:
 
     def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
         self._max_entries = max_entries
-        self._by_hash: dict[int, dict[InstanceId, float]] = {}
+        self._by_instance: dict[InstanceId, dict[int, float]] = {}
         self._insertions: deque[_Insertion] = deque()
         self._num_inserted = 0
 
@@ -37,9 +37,8 @@ class BookedBlocks:
         """hashes: the request's chain from its first block on."""
         if not hashes or len(hashes) > self._max_entries:
             return
-        for block_hash in hashes:
-            holders = self._by_hash.setdefault(block_hash, {})
-            holders[instance_id] = max(expires_at, holders.get(instance_id, 0.0))
+        # A whole prompt in two calls: a loop over its blocks would be the most expensive part of a decision.
+        self._by_instance.setdefault(instance_id, {}).update(dict.fromkeys(hashes, expires_at))
         self._insertions.append(_Insertion(expires_at, instance_id, hashes))
         self._num_inserted += len(hashes)
         while self._num_inserted > self._max_entries:
@@ -48,35 +47,27 @@ class BookedBlocks:
     def revoke(self, instance_id: InstanceId, hashes: Sequence[int]) -> None:
         """They will not be computed. Takes along what another request booked there of the same blocks: too little is
         predicted then, which costs a choice and no wait."""
+        blocks = self._by_instance.get(instance_id, {})
         for block_hash in hashes:
-            self._remove(instance_id, block_hash)
+            blocks.pop(block_hash, None)
 
     def drop_worker(self, instance_id: InstanceId) -> None:
-        for insertion in self._insertions:
-            if insertion.instance_id == instance_id:
-                self.revoke(instance_id, insertion.hashes)
+        self._by_instance.pop(instance_id, None)
 
-    def overlaps(self, hashes: Sequence[int], now: float) -> dict[InstanceId, int]:
-        """Leading blocks of the chain that each worker will hold; workers with none are left out.
+    def overlaps(self, hashes: Sequence[int], held: Mapping[InstanceId, int], now: float) -> dict[InstanceId, int]:
+        """Leading blocks of the chain that workers will hold beyond those that they hold; others are left out.
 
-        A chain's hash commits to all before it, so a holder of a block was sent all blocks before: the last one is
-        found by bisection.
+        A chain's hash commits to all before it, so whoever was sent a block was sent all blocks before: the last one
+        is found by bisection.
         """
         self._expire(now)
-        if not hashes or not (holders := self._by_hash.get(hashes[0])):
-            return {}
-        return {i: self._depth(i, hashes, now) for i, expires_at in holders.items() if expires_at > now}
-
-    def _depth(self, instance_id: InstanceId, hashes: Sequence[int], now: float) -> int:
-        low, high = 1, len(hashes)
-        while low < high:
-            middle = (low + high + 1) // 2
-            holders = self._by_hash.get(hashes[middle - 1])
-            if holders is not None and holders.get(instance_id, 0.0) > now:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        found: dict[InstanceId, int] = {}
+        num_blocks = len(hashes)
+        for instance_id, blocks in self._by_instance.items():
+            depth = held.get(instance_id, 0)
+            if depth < num_blocks and blocks.get(hashes[depth], 0.0) > now:
+                found[instance_id] = _last_booked(blocks, hashes, depth + 1, now)
+        return found
 
     def _expire(self, now: float) -> None:
         # Insertions live about equally long; one that outlives those behind it only keeps them in memory a little.
@@ -84,17 +75,27 @@ class BookedBlocks:
             self._drop_oldest(now)
 
     def _drop_oldest(self, now: float) -> None:
-        insertion = self._insertions.popleft()
-        self._num_inserted -= len(insertion.hashes)
-        for block_hash in insertion.hashes:
-            holders = self._by_hash.get(block_hash)
+        expires_at, instance_id, hashes = self._insertions.popleft()
+        self._num_inserted -= len(hashes)
+        blocks = self._by_instance.get(instance_id)
+        if blocks is None:
+            return
+        now = max(now, expires_at)
+        for block_hash in hashes:
             # A later insertion may have prolonged it.
-            if holders is not None and holders.get(insertion.instance_id, 0.0) <= max(now, insertion.expires_at):
-                self._remove(insertion.instance_id, block_hash)
+            if blocks.get(block_hash, now + 1.0) <= now:
+                del blocks[block_hash]
+        if not blocks:
+            del self._by_instance[instance_id]
 
-    def _remove(self, instance_id: InstanceId, block_hash: int) -> None:
-        holders = self._by_hash.get(block_hash)
-        if holders is not None:
-            holders.pop(instance_id, None)
-            if not holders:
-                del self._by_hash[block_hash]
+
+def _last_booked(blocks: Mapping[int, float], hashes: Sequence[int], low: int, now: float) -> int:
+    """low: a depth that is booked."""
+    high = len(hashes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if blocks.get(hashes[middle - 1], 0.0) > now:
+            low = middle
+        else:
+            high = middle - 1
+    return low

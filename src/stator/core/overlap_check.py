@@ -67,11 +67,13 @@ class Mismatch:
 class OverlapCheck:
     def __init__(self) -> None:
         self._windows: dict[InstanceId, _Window] = {}
+        self._trust: dict[InstanceId, float] = {}
 
     def observe(self, instance_id: InstanceId, predicted: int, difference: int, now: float) -> Mismatch | None:
         """A compared prediction that rested on the worker's events. Returns what to warn of, if it is time to."""
         window = self._windows.setdefault(instance_id, _Window())
         window.add(predicted, predicted + min(0, difference))
+        self._set_trust(instance_id, window)
         due = window.warned_at is None or now - window.warned_at >= WARN_EVERY_MS
         if window.over_share <= TOLERATED_SHARE or not due:
             return None
@@ -80,10 +82,14 @@ class OverlapCheck:
 
     def trust(self, instance_id: InstanceId) -> float:
         """0 to 1: 1 unless too many of the last predictions were too high, then the share of blocks that was found."""
-        window = self._windows.get(instance_id)
-        if window is None or window.over_share <= TOLERATED_SHARE or not window.num_predicted:
-            return 1.0
-        return window.num_found / window.num_predicted
+        return self._trust.get(instance_id, 1.0)
 
     def drop(self, instance_id: InstanceId) -> None:
         self._windows.pop(instance_id, None)
+        self._trust.pop(instance_id, None)
+
+    def _set_trust(self, instance_id: InstanceId, window: _Window) -> None:
+        if window.over_share > TOLERATED_SHARE and window.num_predicted:
+            self._trust[instance_id] = window.num_found / window.num_predicted
+        else:
+            self._trust.pop(instance_id, None)

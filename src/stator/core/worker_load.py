@@ -158,14 +158,17 @@ class WorkerLoad:
         others = self._others
         return (others.num_running, others.num_waiting) if now < others.until else (0, 0)
 
-    def queue_ms(self, now: float, max_num_seqs: int, stream_ms: float) -> float:
-        """Until a newcomer's prefill starts: prefills ahead, those of others at this router's mean, and, when all of
-        max_num_seqs places are taken, the wait for one. stream_ms: how long a stream keeps its place."""
+    def ahead(self, now: float, max_num_seqs: int, stream_ms: float) -> tuple[float, int]:
+        """(ms until a newcomer's prefill starts, streams that run there). The wait is for prefills ahead, those of
+        others at this router's mean, and, when all of max_num_seqs places are taken, for one of them. stream_ms: how
+        long a stream keeps its place."""
         queue_ms = self.prefill_queue_ms(now) if self._prefills else 0.0
-        streams = self.num_streams
-        if self._others.until > now:
-            streams += self._others.num_running + self._others.num_waiting
-            queue_ms += self._others.num_waiting * self.prefill_mean_ms
+        running = streams = self.num_streams
+        others = self._others
+        if others.until > now:
+            running += others.num_running
+            streams = running + others.num_waiting
+            queue_ms += others.num_waiting * self.prefill_mean_ms
         if streams >= max_num_seqs:
             queue_ms += (streams + 1 - max_num_seqs) * stream_ms / max_num_seqs
-        return queue_ms
+        return queue_ms, running

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
 MAX_RECORDS = 1000
+STALE_CHECK_MS = 50.0
 _UNKNOWN_ENGINE = EngineInfo("", "", "", 64, 0, 1, 0, 0)
 
 
@@ -73,6 +74,8 @@ class Router:
         self._factors: dict[tuple[str, str, str], SpeedFactor] = {}
         self._enough_workers: set[str] = set()
         self._by_model: dict[str, tuple[list[Candidate], dict[InstanceId, InstanceInfo]]] = {}
+        self._stale: frozenset[InstanceId] = frozenset()
+        self._stale_until = 0.0
         self._unsubscribe = directory.subscribe(self._changed)
         self.index: KvIndex | None = None
         self._monitor: WorkerMonitor | None = None
@@ -142,7 +145,10 @@ class Router:
         if index is None:
             return self._core.choose(request, candidates, now)
         held = index.overlaps(request.block_hashes)
-        return self._core.choose(request, candidates, now, held=held, trusted=index.trusted)
+        if now >= self._stale_until:
+            self._stale_until = now + STALE_CHECK_MS
+            self._stale = frozenset(c.instance_id for c in candidates if not index.trusted(c.instance_id))
+        return self._core.choose(request, candidates, now, held=held, stale=self._stale)
 
     def _basis(self, choice: Choice) -> str:
         """What the predicted overlap rests on; a wrong prediction counts against the events only if it is "events"."""

@@ -140,7 +140,7 @@ def test_a_view_that_is_not_up_to_date_counts_for_less() -> None:
     core = RoutingCore(RouterMode.KV, Random(1))
     who = candidates("old", "new", max_num_seqs=64)
     held = {InstanceId("old"): 40, InstanceId("new"): 30}
-    choice = core.choose(request(800), who, 0.0, held=held, trusted=lambda i: i == "new")
+    choice = core.choose(request(800), who, 0.0, held=held, stale={InstanceId("old")})
     assert choice is not None and choice.winner == "new"
 
 
@@ -268,7 +268,7 @@ def test_bookings_return_to_zero_and_one_seed_gives_one_history(
         for name in names:
             load = core.load(InstanceId(name))
             assert (load.num_streams, load.prompt_tokens, load.kv_tokens) == (0, 0, 0.0)
-            assert load.queue_ms(now, 4, 100.0) == 0
+            assert load.ahead(now, 4, 100.0) == (0, 0)
         choose(core, candidates(*names), request(10, hashes=[1]), now + 1e9)
         assert core.num_booked_blocks <= 1
         return history
