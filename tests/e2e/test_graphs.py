@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from metrics import parse, total
-from processes import Serve, free_port
+from processes import EXAMPLES, Serve, free_port
 from prompts import PROMPTS
 from reference import Reference
 
@@ -27,10 +27,11 @@ def reference() -> Reference:
 class Head:
     """A graph on free ports of this machine."""
 
-    def __init__(self, graph: str, state: Path, *overrides: str) -> None:
+    def __init__(self, graph: str, state: Path, *overrides: str, cwd: Path = EXAMPLES) -> None:
         self.port, self.hub_port, self.state = free_port(), free_port(), state
         own = [f"--Frontend.port={self.port}", "--hub-port", str(self.hub_port), "--advertise", "127.0.0.1"]
-        self.serve = Serve(["serve", f"{graph}:Frontend", "-f", "configs/tiny.yaml", *own, *overrides], state_dir=state)
+        command = ["serve", f"{graph}:Frontend", "-f", "configs/tiny.yaml", *own, *overrides]
+        self.serve = Serve(command, state_dir=state, cwd=cwd)
         self.serve.wait_for("ready", 90)
 
     def join(self, target: str, *overrides: str) -> Serve:
