@@ -1,0 +1,175 @@
+"""Write docs/reference from the configuration's schema and the commands' `--help`.
+
+    .venv/bin/python tools/make_reference.py
+
+A unit test fails while the pages differ from what this writes.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from stator.cli.main import typer_app
+from stator.config.decode import expected, kebab, unwrap
+from stator.config.engine_flags import expected as expected_flag
+from stator.config.engine_flags import vllm_flags, vllm_version
+from stator.config.schema import SECTIONS, ServiceArgs
+from stator.engines.local.args import LocalEngineArgs
+
+REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
+WIDTH = 100
+MAX_CHOICES = 8
+
+CONFIG_HEAD = """\
+# Configuration reference
+
+Made by `tools/make_reference.py` from the schema; do not edit. The rules (order of sources, merging, `Common`) are in
+the guide to [graphs and their configuration](../guide/graphs.md).
+
+A file has one section per service. Keys may be written with dashes or underscores. Sections of services that do not run
+on a node are ignored there.
+"""
+
+ENGINE_HEAD = """\
+## Engine flags of a worker's section
+
+Every other key of `VllmWorker` and `PrefillWorker` is a flag of the engine, under vLLM's name for it. With
+`engine: local` the flags of the first table count; vLLM's others are accepted, and one line at the start names them. A
+flag may be negated with `no-`, as on vLLM's command line; sizes may be written 8k (8000) or 8K (8192).
+
+### Of the local engine
+
+| flag | value | default |
+|---|---|---|
+"""
+
+VLLM_HEAD = """
+### Of vLLM {version}
+
+Their meaning is in vLLM's documentation. `{{…}}` takes a mapping, or JSON text, whose keys vLLM checks.
+
+| flag | value | default |
+|---|---|---|
+"""
+
+
+def options(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Key, what it takes, default, help."""
+    hints = get_type_hints(struct, include_extras=True)
+    for field in msgspec.structs.fields(struct):
+        if field.name.startswith("engine_arg"):
+            continue
+        bare, metas = unwrap(hints[field.name])
+        key = prefix + (
+            field.name if field.name.startswith(("served", "endpoint")) and not prefix else kebab(field.name)
+        )
+        if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
+            yield from options(bare, f"{key}.")
+            continue
+        unit = next((meta.extra["unit"] for meta in metas if meta.extra and "unit" in meta.extra), None)
+        takes = expected(hints[field.name]) + (f" ({unit})" if unit else "")
+        text = next((meta.description for meta in metas if meta.description), "")
+        yield key, takes, "required" if field.required else default_text(default_of(field)), text
+
+
+def default_of(field: Any) -> Any:
+    factory = field.default_factory
+    return field.default if factory is msgspec.NODEFAULT else factory()
+
+
+def default_text(value: Any) -> str:
+    return "" if value is None else f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(value)}`"
+
+
+def table(rows: Iterator[tuple[str, str, str, str]]) -> str:
+    lines = ["| key | value | default | |", "|---|---|---|---|"]
+    lines += [f"| `{key}` | {cell(takes)} | {cell(default)} | {cell(text)} |" for key, takes, default, text in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def local_flags() -> str:
+    hints = get_type_hints(LocalEngineArgs)
+    return "".join(
+        f"| `{kebab(field.name)}` | {expected(hints[field.name])} | "
+        f"{'required' if field.required else default_text(default_of(field))} |\n"
+        for field in msgspec.structs.fields(LocalEngineArgs)
+        if field.name not in ("model", "served_model_name")
+    )
+
+
+def engine_flags() -> str:
+    lines: list[str] = []
+    for name, flag in vllm_flags().items():
+        takes = expected_flag(flag)
+        if len(flag.choices) > MAX_CHOICES and takes.startswith("one of"):
+            shown = ", ".join(str(choice) for choice in flag.choices[:MAX_CHOICES])
+            takes = f"one of {shown} and {len(flag.choices) - MAX_CHOICES} more"
+        takes = "{…}" if flag.nested else takes
+        lines.append(f"| `{kebab(name)}` | {cell(takes)} | {default_text(flag.default)} |\n")
+    return "".join(lines)
+
+
+def config_page() -> str:
+    parts = [CONFIG_HEAD]
+    for name, struct in SECTIONS.items():
+        doc = (struct.__doc__ or "").strip().splitlines()[0]
+        parts.append(f"## {name}\n\n{doc}\n\n{table(options(struct))}")
+    parts.append(
+        "## ServiceArgs\n\nOf any section, as a mapping: how the service's processes are run on this node.\n\n"
+        + table(options(ServiceArgs))
+    )
+    parts.append(
+        "## Common\n\nValues that a section pulls in with `common-configs: [key, ...]`. What the section says itself "
+        "wins.\n"
+    )
+    return (
+        "\n".join(parts)
+        + "\n"
+        + ENGINE_HEAD
+        + local_flags()
+        + VLLM_HEAD.format(version=vllm_version())
+        + engine_flags()
+    )
+
+
+def cli_page() -> str:
+    parts = [
+        "# Command line reference\n\nMade by `tools/make_reference.py` from `--help`; do not edit.\n",
+        f"## stator\n\n{help_text()}",
+    ]
+    commands: dict[str, Any] = getattr(get_command(typer_app), "commands", {})
+    parts += [f"## stator {name}\n\n{help_text(name)}" for name in commands]
+    return "\n".join(parts)
+
+
+def help_text(*command: str) -> str:
+    result = CliRunner().invoke(
+        typer_app, [*command, "--help"], prog_name="stator", terminal_width=WIDTH, color=False, catch_exceptions=False
+    )
+    lines = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+    return f"```text\n{lines}\n```\n"
+
+
+def pages() -> dict[str, str]:
+    """By file name in docs/reference."""
+    return {"config.md": config_page(), "cli.md": cli_page()}
+
+
+def main() -> None:
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (REFERENCE / name).write_text(text, encoding="utf-8")
+        print(f"docs/reference/{name}")
+
+
+if __name__ == "__main__":
+    main()
