@@ -50,15 +50,57 @@ NAMESPACE = "benchmark"
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 128
 
-WORDS = (
-    "the red blue quick old stone river table light wind holds every small garden letter green winter music under "
-    "bridge open window silver paper morning against market nothing question forest between seven"
-).split()
+WORDS = [
+    "the",
+    "red",
+    "blue",
+    "quick",
+    "old",
+    "stone",
+    "river",
+    "table",
+    "light",
+    "wind",
+    "holds",
+    "every",
+    "small",
+    "garden",
+    "letter",
+    "green",
+    "winter",
+    "music",
+    "under",
+    "bridge",
+    "open",
+    "window",
+    "silver",
+    "paper",
+    "morning",
+    "against",
+    "market",
+    "nothing",
+    "question",
+    "forest",
+    "between",
+    "seven",
+]
 
 
 def cpu_s(pid: int) -> float:
     """User and system time of all threads of a process, in nanosecond steps (CPUCLOCK_SCHED of another process)."""
     return time.clock_gettime((~pid << 3) | 2)
+
+
+def spin_ms() -> float:
+    """CPU milliseconds of a fixed piece of work: what the machine's other tenants cost us in caches and core time."""
+    best = 1e9
+    for _ in range(5):
+        started = time.thread_time()
+        total = 0
+        for number in range(20_000):
+            total += number * number % 7
+        best = min(best, time.thread_time() - started)
+    return best * 1e3
 
 
 def prompt_words() -> int:
@@ -89,7 +131,8 @@ def free_port() -> int:
 class Deployment:
     """hub here; frontend, workers and client in processes of their own."""
 
-    def __init__(self, pid: int, port: int, workers: Process, client: Process, words: int) -> None:
+    def __init__(self, pid: int, port: int, workers: Process, client: Process, words: int, seconds: float) -> None:
+        self.seconds = seconds
         self.pid = pid
         self._port = port
         self._workers = workers
@@ -105,6 +148,8 @@ class Deployment:
         self._seed += 1
         job |= {"port": self._port, "model": NAME, "words": WORDS, "prompt_words": self._words, "seed": self._seed}
         foreign = _busy_s() - cpu_s(self.pid)
+        spin = spin_ms()
+        split = psutil.Process(self.pid).cpu_times()
         before, started = cpu_s(self.pid), time.monotonic()
         answer = await _ask(self._client, job | {"hold": held is not None})
         during = None
@@ -113,8 +158,17 @@ class Deployment:
             during = held()
             answer = await _read(self._client)
         used, wall = cpu_s(self.pid) - before, time.monotonic() - started
+        after = psutil.Process(self.pid).cpu_times()
+        user, system = after.user - split.user, after.system - split.system
         foreign = (_busy_s() - cpu_s(self.pid) - foreign) / wall
-        return {**answer, "cpu_s": used, "during": during, "other_cores": foreign}
+        return {
+            **answer,
+            "cpu_s": used,
+            "during": during,
+            "other_cores": foreign,
+            "spin_ms": (spin + spin_ms()) / 2,
+            "system_share": system / max(user + system, 1e-9),
+        }
 
     def memory(self) -> dict[str, float]:
         process = psutil.Process(self.pid)
@@ -230,7 +284,7 @@ async def deployed(options: argparse.Namespace, words: int) -> AsyncIterator[Dep
         os.sched_setaffinity(client.pid, others)
         core = cores[0] if pinned else None
         child = await _start_frontend(options, (host, int(hub_port)), token, port, core)
-        yield Deployment(child.pid, port, workers, client, words)
+        yield Deployment(child.pid, port, workers, client, words, options.seconds)
     finally:
         if child is not None:
             child.kill()
@@ -246,18 +300,18 @@ async def deployed(options: argparse.Namespace, words: int) -> AsyncIterator[Dep
 
 async def measure_request(it: Deployment, quick: bool) -> dict[str, float]:
     await it.period_ms(0)
-    seen = await it.load(stream=False, max_tokens=1, connections=64, seconds=0.3 if quick else 3)
+    seen = await it.load(stream=False, max_tokens=1, connections=64, seconds=0.3 if quick else it.seconds)
     return {"us_per_request": seen["cpu_s"] / seen["requests"] * 1e6, **_common(seen)}
 
 
 async def measure_flat(it: Deployment, quick: bool) -> dict[str, float]:
     await it.period_ms(0)
-    return await _stream(it, 64, 32 if quick else 128, 0.3 if quick else 3)
+    return await _stream(it, 64, 32 if quick else 128, 0.3 if quick else it.seconds)
 
 
 async def measure_dense(it: Deployment, quick: bool) -> dict[str, float]:
     await it.period_ms(1)
-    return await _stream(it, 64, 32 if quick else 128, 0.3 if quick else 3)
+    return await _stream(it, 64, 32 if quick else 128, 0.3 if quick else it.seconds)
 
 
 async def measure_paced(it: Deployment, quick: bool) -> dict[str, float]:
@@ -282,6 +336,8 @@ def _common(seen: dict[str, Any]) -> dict[str, float]:
         "requests_per_s": seen["requests"] / seen["wall_s"],
         "cores": seen["cpu_s"] / seen["wall_s"],
         "other_cores": seen["other_cores"],
+        "spin_ms": seen["spin_ms"],
+        "system_share": seen["system_share"],
     }
 
 
@@ -361,7 +417,8 @@ def show(results: dict[str, list[dict[str, float]]]) -> None:
 
 
 def machine() -> str:
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     return f"{cpu}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
 
 
@@ -369,6 +426,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a run; short ones find quiet moments")
     parser.add_argument("--only", default="", help="some of the loads, with commas")
     parser.add_argument("--router", default="kv", help="the router's mode")
     parser.add_argument("--log-level", default="INFO", help="of the frontend; INFO writes a line for each request")

@@ -4,15 +4,18 @@ Jobs come as lines of JSON on standard input and are answered by a line with wha
 """
 
 import asyncio
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
 import uvloop
 
 HOST = "127.0.0.1"
+NUM_PROMPTS = 4096
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,14 @@ class Seen:
 
 
 class Connection(asyncio.Protocol):
-    def __init__(self, job: Job, seen: Seen, stop_at: float, rng: Random) -> None:
+    def __init__(self, job: Job, seen: Seen, stop_at: float, requests: Iterator[bytes]) -> None:
         loop = asyncio.get_running_loop()
         self.done: asyncio.Future[None] = loop.create_future()
         self.first: asyncio.Future[None] = loop.create_future()
         self._job = job
         self._seen = seen
         self._stop_at = stop_at
-        self._rng = rng
+        self._requests = requests
         self._closing = b"data: [DONE]\n\n\r\n0\r\n\r\n" if job.stream else b'"object":"chat.completion"}'
         self._tail = b""
         self._sent_at = self._last_at = 0.0
@@ -83,7 +86,7 @@ class Connection(asyncio.Protocol):
     def _send(self) -> None:
         self._tail = b""
         self._started = False
-        request = self._job.request(self._rng)
+        request = next(self._requests)
         self._sent_at = time.perf_counter()
         self._transport.write(request)  # type: ignore[attr-defined]
 
@@ -126,11 +129,13 @@ async def run_job(job: Job) -> dict[str, float]:
     loop = asyncio.get_running_loop()
     seen = Seen()
     made: list[Connection] = []
-    stop_at = time.perf_counter() + job.seconds
+    rng = Random(job.seed)
+    # Made before the clock starts; more than the frontend's or a worker's cache of prompts holds.
+    requests = itertools.cycle([job.request(rng) for _ in range(max(NUM_PROMPTS, job.connections))])
     started = time.perf_counter()
-    for index in range(job.connections):
-        rng = Random(job.seed * 100_003 + index)
-        connection = Connection(job, seen, stop_at, rng)
+    stop_at = started + job.seconds
+    for _ in range(job.connections):
+        connection = Connection(job, seen, stop_at, requests)
         made.append(connection)
         await loop.create_connection(lambda connection=connection: connection, HOST, job.port)
     if job.hold:

@@ -9,27 +9,77 @@ import asyncio
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import uvloop
 
+from stator.core.hashing import block_hashes
 from stator.discovery.hub_client import HubDiscovery
-from stator.ids import InstanceId
-from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, FinishReason, TokenDelta
+from stator.engines.base import KvListener
+from stator.ids import BlockHash, InstanceId
+from stator.messages.engine import (
+    BlocksRemoved,
+    BlocksStored,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    FinishReason,
+    KvEvent,
+    TokenDelta,
+)
 from stator.messages.instances import InstanceInfo
+from stator.messages.kv_events import KvSubscribe
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.runtime.directory import register_instance
 from stator.transport import Call, Endpoint, Identity, Listen, RequestPlaneClient, RequestPlaneServer
+from stator.worker.kv_events import KvPublisher
 from stator.worker.reporting import Reporter
 
 FIRST_ID, LAST_ID = 300, 800
 """Ordinary tokens of the bundled model."""
 
 
+NUM_BLOCKS = 2048
+
+
+class FakeCache:
+    """The prefix cache's events of an engine that forgets its oldest prompts; implements worker.kv_events.WatchesKv."""
+
+    def __init__(self, model: str, block_size: int) -> None:
+        self._model = model
+        self._block_size = block_size
+        self._held: set[BlockHash] = set()
+        self._prompts: deque[list[BlockHash]] = deque()
+        self._listeners: list[KvListener] = []
+
+    def watch_kv(self, listener: KvListener) -> Callable[[], None]:
+        listener([BlocksStored([*hashes]) for hashes in self._prompts])
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def add(self, request: EngineRequest) -> None:
+        hashes = block_hashes(request.prompt_ids, self._block_size, model=self._model)
+        new = [each for each in hashes if each not in self._held]
+        if not new:
+            return
+        num_known = len(hashes) - len(new)
+        events: list[KvEvent] = [BlocksStored([*new], hashes[num_known - 1] if num_known else None)]
+        self._held.update(new)
+        self._prompts.append(new)
+        while len(self._held) > NUM_BLOCKS:
+            old = self._prompts.popleft()
+            self._held.difference_update(old)
+            events.append(BlocksRemoved([*old]))
+        for listener in self._listeners:
+            listener(events)
+
+
 class FakeEngine:
-    def __init__(self, rng: Random) -> None:
+    def __init__(self, rng: Random, cache: FakeCache) -> None:
+        self.cache = cache
         self.period_s = 0.01
         self._left: dict[Call, int] = {}
         self._timer: asyncio.Handle | None = None
@@ -42,6 +92,7 @@ class FakeEngine:
     def generate(self, call: Call) -> None:
         request: EngineRequest = call.request
         call.on_cancel(lambda: self._left.pop(call, None))
+        self.cache.add(request)
         if request.sampling.max_tokens == 1:
             call.items([TokenDelta([FIRST_ID], FinishReason.LENGTH, 0)])
             call.end()
@@ -81,10 +132,12 @@ async def start_instance(
     name = f"VllmWorker-{index:012x}"
     identity = Identity(options.namespace, InstanceId(name), "decode", os.environ["STATOR_TOKEN"])
     server = RequestPlaneServer(identity, Listen())
-    engine = FakeEngine(Random(index))
+    engine = FakeEngine(Random(index), FakeCache(options.model, options.block_size))
+    publisher = KvPublisher(engine.cache)
     reporter = Reporter(engine.report)
     server.register(Endpoint("generate", EngineRequest, engine.generate))
     server.register(Endpoint("report", ReportRequest, reporter.report))
+    server.register(Endpoint("kv_events", KvSubscribe, publisher.kv_events))
     await server.start()
     info = EngineInfo("fake", "0", options.model, options.block_size, 100_000, 4096, 8192, 4096)
     instance = InstanceInfo(
@@ -92,7 +145,7 @@ async def start_instance(
         "VllmWorker",
         "decode",
         server.addresses,
-        ("generate", "report"),
+        ("generate", "report", "kv_events"),
         "127.0.0.1",
         os.getpid(),
         model=options.model,
@@ -102,6 +155,7 @@ async def start_instance(
 
     async def close() -> None:
         reporter.close()
+        await publisher.close()
         await server.close()
 
     return engine, close

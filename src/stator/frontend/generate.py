@@ -225,9 +225,9 @@ class Generation:
         deltas = await stream.batch()
         if not deltas:
             raise _unfinished()
-        await http.start_events(_explanation(deltas[0]))
-        events = encoder.opening() + encoder.encode(deltas)
         last = deltas[-1]
+        await http.start_events(encoder.opening() + encoder.encode(deltas), _explanation(deltas[0]))
+        events = b""
         write = None if http.pipe is None else _writer(encoder, http.pipe)
         while not stream.complete:
             if events:

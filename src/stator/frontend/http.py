@@ -21,6 +21,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 DEFAULT_RETRY_AFTER_S = 1.0
+_EVENT_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 DISCARD_FACTOR = 4
 """A body that is too large is read on for so many times the bound, so that its sender gets to read why."""
 
@@ -40,6 +41,15 @@ class Pipe(Protocol):
 
     def whole_body(self) -> bytes | None:
         """The body if all of it is here and nothing of it was received; it is then taken."""
+        ...
+
+    def write_whole(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Send a whole answer at once; headers include content-length. False, with nothing done, if that would have to
+        wait or an answer has begun."""
+        ...
+
+    def begin_events(self, headers: Headers, events: bytes) -> bool:
+        """Send the head (status 200) and the first part of a streamed answer at once. False as for write_whole."""
         ...
 
     def write_events(self, events: bytes) -> bool:
@@ -112,13 +122,24 @@ class HttpExchange:
             self.request_id = self.call_id = fresh_id(rng)
 
     async def respond(self, status: int, body: bytes, content_type: bytes = JSON, headers: Headers = ()) -> None:
-        await self._start(status, content_type, (b"content-length", str(len(body)).encode("ascii")), *headers)
+        length = (b"content-length", b"%d" % len(body))
+        if self.pipe is not None and self.pipe.write_whole(
+            status, (*self._identity(content_type), length, *headers), body
+        ):
+            self._started = True
+            return
+        await self._start(status, content_type, length, *headers)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def start_events(self, headers: Headers = ()) -> None:
-        """Begin a stream of server-sent events. Proxies are told not to collect it."""
+    async def start_events(self, events: bytes, headers: Headers = ()) -> None:
+        """Begin a stream of server-sent events with the first of them. Proxies are told not to collect it."""
         self._streaming = True
-        await self._start(200, EVENT_STREAM, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"), *headers)
+        extra = (*_EVENT_HEADERS, *headers)
+        if self.pipe is not None and self.pipe.begin_events((*self._identity(EVENT_STREAM), *extra), events):
+            self._started = True
+            return
+        await self._start(200, EVENT_STREAM, *extra)
+        await self.send_events(events)
 
     async def send_events(self, events: bytes) -> None:
         """Waits while the client does not read."""
@@ -143,14 +164,16 @@ class HttpExchange:
 
     async def _start(self, status: int, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
         self._started = True
-        identity = (b"x-request-id", self.request_id.encode("ascii"))
         await self._send(
             {
                 "type": "http.response.start",
                 "status": status,
-                "headers": [(b"content-type", content_type), identity, *headers],
+                "headers": [*self._identity(content_type), *headers],
             }
         )
+
+    def _identity(self, content_type: bytes) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes]]:
+        return (b"content-type", content_type), (b"x-request-id", self.request_id.encode("ascii"))
 
     async def read_body(self, max_bytes: int, timeout_s: float) -> bytes:
         """Raises StatorError(BODY_TOO_LARGE or REQUEST_TIMEOUT), or ClientGone."""

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from stator.errors import ErrorCode, StatorError
-from stator.frontend.http import PIPE, error_json
+from stator.frontend.http import PIPE, Headers, error_json
 from stator.frontend.settings import ConnectionSettings
 
 
@@ -101,6 +101,50 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return None
         body, cycle.body = bytes(cycle.body), bytearray()
         return body
+
+    def write_whole(self, status: int, headers: Headers, body: bytes) -> bool:
+        cycle = self._unanswered()
+        if cycle is None or cycle.scope["method"] == "HEAD":
+            return False
+        self._write_head(cycle, status, headers, body)
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+        return True
+
+    def begin_events(self, headers: Headers, events: bytes) -> bool:
+        cycle = self._unanswered()
+        if cycle is None:
+            return False
+        cycle.chunked_encoding = True
+        first = b"%x\r\n%b\r\n" % (len(events), events) if events else b""
+        self._write_head(cycle, 200, (*headers, (b"transfer-encoding", b"chunked")), first)
+        return True
+
+    def _unanswered(self) -> RequestResponseCycle | None:
+        """The request that may be answered now."""
+        cycle = self._running
+        if cycle is None or cycle.response_started or cycle.disconnected or self.flow.write_paused:
+            return None
+        return cycle
+
+    def _write_head(self, cycle: RequestResponseCycle, status: int, headers: Headers, rest: bytes) -> None:
+        """As uvicorn's own `send` does it, in one write with what follows. Header values are ours, or were checked."""
+        cycle.response_started = True
+        cycle.waiting_for_100_continue = False
+        head = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            if b"\n" in value:
+                raise RuntimeError(f"a line break in the header {name.decode('ascii', 'replace')}")
+            if name == b"connection" and value == b"close":
+                cycle.keep_alive = False
+            else:
+                head.append(b"%b: %b\r\n" % (name, value))
+        head.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
+        head.append(rest)
+        self.transport.write(b"".join(head))
 
     def write_events(self, events: bytes) -> bool:
         cycle = self._running

@@ -120,6 +120,8 @@ class ChatTemplate:
             self._template = _environment(now).from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{origin}: the chat template does not compile: line {error.lineno}: {error}") from error
+        # jinja2 keeps the environment's helpers and the template's own in a ChainMap, and copies it for each rendering.
+        self._template.globals = dict(self._template.globals)
         self._special_tokens = special_tokens
         self._takes_parts = self._shows(_user(_PROBE_PARTS))
         self._takes_strings = self._shows(_user(_PROBE)) or not self._takes_parts

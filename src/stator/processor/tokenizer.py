@@ -4,6 +4,7 @@ Encoding and decoding release the interpreter lock only in part, so long texts b
 that); everything here may be called from any thread.
 """
 
+import os
 import re
 from array import array
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from stator.core.detokenize import ByteDetokenizer, Detokenizer, PieceDetokenize
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.messages.tokens import TokenBuffer, pack
 from stator.processor import model_files
+
+# One prompt is encoded at a time: handing it to the library's own threads and waiting for them gains nothing.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _T = TypeVar("_T")
 

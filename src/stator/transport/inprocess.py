@@ -84,6 +84,7 @@ class InProcessCarrier:
             pair.stream.context,
             window=pair.stream.window,
             max_buffered=self._settings.max_buffered_items,
+            watch_deadline=False,
         )
         return endpoint, call
 

@@ -76,7 +76,9 @@ class ServerCall:
         *,
         window: int,
         max_buffered: int,
+        watch_deadline: bool = True,
     ) -> None:
+        """watch_deadline: False where the caller's end of the stream is in this process and watches it."""
         self.request = request
         self.context = context
         self.endpoint = endpoint
@@ -93,7 +95,9 @@ class ServerCall:
         self._on_cancel: Callable[[], None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._loop = asyncio.get_running_loop()
-        self._timer = None if context.deadline is None else self._loop.call_at(context.deadline, self._deadline)
+        self._timer: asyncio.TimerHandle | None = None
+        if context.deadline is not None and watch_deadline:
+            self._timer = self._loop.call_at(context.deadline, self._deadline)
 
     # The handler's side.
 
