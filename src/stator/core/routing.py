@@ -84,18 +84,55 @@ class _Overlaps:
         return Overlap(self.held.get(instance_id, 0), most, most * candidate.block_size * trust, trust)
 
 
+class _Row(NamedTuple):
+    """A candidate as it was priced; its terms are worked out only if somebody asks."""
+
+    candidate: Candidate
+    quote: Quote
+    overlap: tuple[int, int, float]
+    ahead: tuple[float, int]
+    kv_tokens: float
+    local_share: float
+    affinity_ms: float
+    num_streams: int
+
+    def terms(self) -> CandidateTerms:
+        candidate, (blocks, booked, trust) = self.candidate, self.overlap
+        queue_ms, running = self.ahead
+        tokens = booked * candidate.block_size * trust
+        terms = self.quote.terms(tokens, queue_ms, running, self.kv_tokens, self.local_share, self.affinity_ms)
+        return CandidateTerms(
+            instance_id=candidate.instance_id,
+            total_ms=terms.total_ms,
+            overlap_blocks=blocks,
+            booked_blocks=booked,
+            trust=trust,
+            queue_ms=terms.queue_ms,
+            prefill_ms=terms.prefill_ms,
+            decode_ms=terms.decode_ms,
+            harm_ms=terms.harm_ms,
+            affinity_ms=terms.affinity_ms,
+            num_streams=self.num_streams,
+            load=self.num_streams / max(1, candidate.max_num_seqs),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """cost_ms: the winner's; 0 in modes that predict none. num_candidates: how many there were."""
+    """cost_ms: the winner's, as predicted; other modes than `kv` do not decide by it. num_candidates: how many there
+    were. rows: the MAX_EXPLAINED cheapest, the winner among them; `candidates` says what they cost."""
 
     winner: InstanceId
     mode: RouterMode
     booking: int
     overlap: Overlap
     cost_ms: float
-    candidates: list[CandidateTerms]
     num_candidates: int
     expected_output_tokens: int
+    rows: tuple[_Row, ...]
+
+    def candidates(self) -> list[CandidateTerms]:
+        return [row.terms() for row in self.rows]
 
 
 @dataclass(slots=True)
@@ -156,23 +193,19 @@ class RoutingCore:
         expected = self._lengths.expected(request.model, request.max_tokens)
         overlaps = self._overlaps(request, held or {}, stale, now)
         scores = _Scores(self, request, expected, overlaps, now)
-        if self.mode is RouterMode.KV:
-            totals = scores.totals(eligible)
-            winner = self._cheapest(eligible, totals, now)
-        else:
-            totals = [0.0] * len(eligible)
-            winner = self._by_mode(eligible)
-        explained = scores.explain(eligible, totals, winner)
+        totals = scores.totals(eligible)
+        winner = self._cheapest(eligible, totals, now) if self.mode is RouterMode.KV else self._by_mode(eligible)
+        rows = scores.rows(eligible, totals, winner)
         self._book(request, winner, scores, now)
         return Choice(
             winner=winner.instance_id,
             mode=self.mode,
             booking=self._num_bookings,
             overlap=overlaps.of(winner),
-            cost_ms=next(terms.total_ms for terms in explained if terms.instance_id == winner.instance_id),
-            candidates=explained,
+            cost_ms=totals[eligible.index(winner)],
             num_candidates=len(eligible),
             expected_output_tokens=expected,
+            rows=rows,
         )
 
     def first_token(self, booking: int, now: float) -> None:
@@ -308,13 +341,8 @@ class _Scores:
 
     def totals(self, eligible: Sequence[Candidate]) -> list[float]:
         """The hot loop: at a thousand workers nearly all of a decision's time."""
-        core, now, session, most, trust = (
-            self._core,
-            self._now,
-            self._session,
-            self._overlaps.most,
-            self._overlaps.trust,
-        )
+        core, now, session, overlaps = self._core, self._now, self._session, self._overlaps
+        most = overlaps.most
         step_time, quote, stream_ms = None, self.quote(eligible[0]), 0.0
         totals: list[float] = []
         for candidate in eligible:
@@ -325,7 +353,7 @@ class _Scores:
             load = core.load(instance_id)
             queue_ms, num_streams = load.ahead(now, candidate.max_num_seqs, stream_ms)
             blocks = most.get(instance_id)
-            tokens = blocks * candidate.block_size * trust(instance_id) if blocks else 0.0
+            tokens = blocks * candidate.block_size * overlaps.trust(instance_id) if blocks else 0.0
             total = quote.total_ms(tokens, queue_ms, num_streams, load.kv_tokens, load.local_share)
             totals.append(total + self._affinity_ms(candidate, quote) if instance_id == session else total)
         return totals
@@ -334,44 +362,24 @@ class _Scores:
     def _affinity_ms(candidate: Candidate, quote: Quote) -> float:
         return -AFFINITY * quote.prefill_ms(0.0) - candidate.block_size * candidate.step_time.b
 
-    def explain(self, eligible: Sequence[Candidate], totals: list[float], winner: Candidate) -> list[CandidateTerms]:
-        """Terms of the MAX_EXPLAINED cheapest, the winner among them, cheapest first."""
-        order = range(len(eligible))
-        if self._core.mode is RouterMode.KV:
-            order = sorted(order, key=totals.__getitem__)
+    def rows(self, eligible: Sequence[Candidate], totals: list[float], winner: Candidate) -> tuple[_Row, ...]:
+        """The MAX_EXPLAINED cheapest, the winner among them, cheapest first."""
+        order = sorted(range(len(eligible)), key=totals.__getitem__)
         shown = [eligible[index] for index in order[:MAX_EXPLAINED]]
         if winner not in shown:
             shown[-1] = winner
-        return [self._terms(candidate) for candidate in shown]
+        return tuple(self._row(candidate) for candidate in shown)
 
-    def _terms(self, candidate: Candidate) -> CandidateTerms:
-        load, overlap = self._core.load(candidate.instance_id), self.overlap(candidate)
-        share = load.num_streams / max(1, candidate.max_num_seqs)
-        if self._core.mode is not RouterMode.KV:
-            return CandidateTerms(
-                candidate.instance_id, 0.0, overlap.blocks, num_streams=load.num_streams, load=round(share, 4)
-            )
-        quote = self.quote(candidate)
-        queue_ms, num_streams = load.ahead(self._now, candidate.max_num_seqs, self.expected * quote.step_ms)
-        terms = quote.terms(
-            overlap.tokens,
-            queue_ms,
-            num_streams,
+    def _row(self, candidate: Candidate) -> _Row:
+        instance_id, quote, overlaps = candidate.instance_id, self.quote(candidate), self._overlaps
+        load = self._core.load(instance_id)
+        return _Row(
+            candidate,
+            quote,
+            (overlaps.held.get(instance_id, 0), overlaps.most.get(instance_id, 0), overlaps.trust(instance_id)),
+            load.ahead(self._now, candidate.max_num_seqs, self.expected * quote.step_ms),
             load.kv_tokens,
             load.local_share,
-            self._affinity_ms(candidate, quote) if candidate.instance_id == self._session else 0.0,
-        )
-        return CandidateTerms(
-            instance_id=candidate.instance_id,
-            total_ms=terms.total_ms,
-            overlap_blocks=overlap.blocks,
-            booked_blocks=overlap.booked,
-            trust=overlap.trust,
-            queue_ms=terms.queue_ms,
-            prefill_ms=terms.prefill_ms,
-            decode_ms=terms.decode_ms,
-            harm_ms=terms.harm_ms,
-            affinity_ms=terms.affinity_ms,
-            num_streams=load.num_streams,
-            load=share,
+            self._affinity_ms(candidate, quote) if instance_id == self._session else 0.0,
+            load.num_streams,
         )

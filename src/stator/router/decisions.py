@@ -9,19 +9,16 @@ import msgspec
 from stator.core.routing import Choice
 from stator.ids import RequestId
 from stator.messages.processor import RouteRequest
-from stator.messages.routing import CandidateTerms, DecisionRecord
+from stator.messages.routing import DecisionRecord
 
 MAX_DECISIONS = 4096
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[CandidateTerms]).decode
 
 
 @dataclass(slots=True)
 class Decided:
-    """A decision and what came of it. candidates: encoded, since few are ever read and there are many.
+    """A decision and what came of it. request: without its block hashes, which are large.
 
-    basis: what the predicted overlap rested on; "" if nothing was predicted. Without the request's block hashes.
+    basis: what the predicted overlap rested on; "" if nothing was predicted.
     """
 
     booking: int
@@ -29,7 +26,6 @@ class Decided:
     time: float
     request: RouteRequest
     choice: Choice
-    candidates: bytes
     num_prompt_blocks: int
     block_size: int
     basis: str
@@ -49,7 +45,7 @@ class Decided:
             num_prompt_tokens=request.num_prompt_tokens,
             num_prompt_blocks=self.num_prompt_blocks,
             num_candidates=choice.num_candidates,
-            candidates=_decode(self.candidates),
+            candidates=choice.candidates(),
             expected_output_tokens=choice.expected_output_tokens,
             session=request.session_id is not None,
             cached_tokens=self.cached_tokens,
@@ -79,8 +75,7 @@ class DecisionLog:
             request_id=request_id,
             time=time,
             request=msgspec.structs.replace(request, block_hashes=[]),
-            choice=_without_candidates(choice),
-            candidates=_encode(choice.candidates),
+            choice=choice,
             num_prompt_blocks=len(request.block_hashes),
             block_size=block_size,
             basis=basis,
@@ -106,16 +101,3 @@ class DecisionLog:
         same.remove(decided)
         if not same:
             del self._by_request[decided.request_id]
-
-
-def _without_candidates(choice: Choice) -> Choice:
-    return Choice(
-        choice.winner,
-        choice.mode,
-        choice.booking,
-        choice.overlap,
-        choice.cost_ms,
-        [],
-        choice.num_candidates,
-        choice.expected_output_tokens,
-    )

@@ -74,8 +74,7 @@ class Router:
         self._factors: dict[tuple[str, str, str], SpeedFactor] = {}
         self._enough_workers: set[str] = set()
         self._by_model: dict[str, tuple[list[Candidate], dict[InstanceId, InstanceInfo]]] = {}
-        self._stale: frozenset[InstanceId] = frozenset()
-        self._stale_until = 0.0
+        self._stale: dict[str, tuple[float, frozenset[InstanceId]]] = {}
         self._unsubscribe = directory.subscribe(self._changed)
         self.index: KvIndex | None = None
         self._monitor: WorkerMonitor | None = None
@@ -145,10 +144,11 @@ class Router:
         if index is None:
             return self._core.choose(request, candidates, now)
         held = index.overlaps(request.block_hashes)
-        if now >= self._stale_until:
-            self._stale_until = now + STALE_CHECK_MS
-            self._stale = frozenset(c.instance_id for c in candidates if not index.trusted(c.instance_id))
-        return self._core.choose(request, candidates, now, held=held, stale=self._stale)
+        looked_at, stale = self._stale.get(request.model, (now - STALE_CHECK_MS, frozenset[InstanceId]()))
+        if now - looked_at >= STALE_CHECK_MS:
+            stale = frozenset(c.instance_id for c in candidates if not index.trusted(c.instance_id))
+            self._stale[request.model] = (now, stale)
+        return self._core.choose(request, candidates, now, held=held, stale=stale)
 
     def _basis(self, choice: Choice) -> str:
         """What the predicted overlap rests on; a wrong prediction counts against the events only if it is "events"."""
@@ -242,6 +242,7 @@ class Router:
 
     def _changed(self, change: DirectoryChange) -> None:
         self._by_model.clear()
+        self._stale.clear()
         for instance in change.removed:
             self._core.drop_worker(instance.instance_id)
             for factor in self._factors.values():
