@@ -13,6 +13,7 @@ from stator.ids import InstanceId
 
 WINDOW = 200
 MIN_SAMPLES = 20
+MIN_OVER = 5
 TOLERATED_SHARE = 0.05
 WARN_EVERY_MS = 60_000.0
 
@@ -51,7 +52,9 @@ class _Window:
 
     @property
     def over_share(self) -> float:
-        return self.num_over / len(self.samples) if len(self.samples) >= MIN_SAMPLES else 0.0
+        if len(self.samples) < MIN_SAMPLES or self.num_over < MIN_OVER:
+            return 0.0
+        return self.num_over / len(self.samples)
 
 
 @dataclass(frozen=True, slots=True)
