@@ -15,7 +15,7 @@ NO_PYTHON := Stator needs Python 3.11 or newer, and none was found. Install it, 
 	make PYTHON=/path/to/python3.11
 NO_VENV := making a virtual environment failed; on Debian and Ubuntu: apt install python3-venv
 
-.PHONY: demo install test check test-oracle bench-quick
+.PHONY: demo install test check test-oracle bench-quick reference
 
 demo: $(VENV)/.core
 	@exec $(BIN)/stator demo --port $(PORT) $(if $(HUB_PORT),--hub-port $(HUB_PORT)) $(if $(JOIN),--join $(JOIN))
@@ -34,6 +34,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(PYTEST) -n 2 tests/unit
+
+# docs/reference, from the schema and --help; `make check` says when it is stale.
+reference: $(VENV)/.dev
+	$(BIN)/python tools/make_reference.py
 
 # The local engine and the committed goldens against transformers on torch (CPU).
 test-oracle: $(ORACLE)/.installed

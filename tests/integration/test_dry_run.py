@@ -108,6 +108,21 @@ def test_a_plan_for_people(state: dict[str, str]) -> None:
     assert "A start would stop here" not in text
 
 
+def test_secrets_are_not_shown(state: dict[str, str]) -> None:
+    flags = [
+        "--VllmWorker.ServiceArgs.envs.HF_TOKEN=geheim", "--VllmWorker.hf-token=geheim", "--VllmWorker.engine=vllm",
+        "--VllmWorker.tokenizer=t", "--Router.ServiceArgs.envs={API_KEY: geheim, A: b}",
+    ]  # fmt: skip
+    for kind in ([], ["--json"]):
+        done = stator("graphs.agg_router:Frontend", "-f", "configs/tiny.yaml", "--dry-run", *flags, *kind, env=state)
+        assert done.returncode == 0 and "geheim" not in done.stdout + done.stderr
+        assert "(hidden)" in done.stdout
+    made = plan("graphs.agg_router:Frontend", "-f", "configs/tiny.yaml", "--dry-run", *flags, env=state)
+    assert options(made, "VllmWorker")["hf-token"] == ("(hidden)", "--VllmWorker.hf-token")
+    assert options(made, "VllmWorker")["tokenizer"] == ("t", "--VllmWorker.tokenizer=t")
+    assert made["processes"][0]["environment"] == {"API_KEY": "(hidden)", "A": "b"}
+
+
 CONFIG = """\
 Frontend:
   port: many

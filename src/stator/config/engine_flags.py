@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
-from stator.config.decode import Errors, kebab, nearest
+from stator.config.decode import Errors, decode_value, kebab, nearest
 from stator.config.tree import Node, canonical, describe
 from stator.engines.registry import own_flags
 
@@ -81,7 +81,8 @@ def check_engine_flags(
     ignored: list[str] = []
     for key, node in flags.items():
         if own is not None and key in own:
-            values[key], origins[key] = node.plain(), node.origin
+            value = decode_value(own[key], node, f"{path}.{kebab(key)}", errors)
+            values[key], origins[key] = value, node.origin
             continue
         name, flag, negated = _find(key)
         if flag is None and key in meaningless:

@@ -1,7 +1,8 @@
 """For each option of a section: its value, and where that came from."""
 
+import re
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import msgspec
 
@@ -11,6 +12,9 @@ from stator.config.schema import SERVICE_ARGS, WorkerConfig
 from stator.config.tree import Node
 
 DEFAULT = "default"
+HIDDEN = "(hidden)"
+
+_SECRETS = frozenset({"token", "secret", "password", "passwd", "key", "credentials"})
 
 _FROM_ELSEWHERE = {"served_model_name": ("Frontend", "served_model_name"), "mode": ("Processor", "router")}
 """Options whose default is what another section says."""
@@ -22,6 +26,13 @@ class Option(msgspec.Struct, frozen=True):
     key: str
     value: Any
     origin: str
+
+
+def hide(key: str, value: Any) -> Any:
+    """A plan is pasted into tickets: what is named like a secret is not shown, nor within a mapping."""
+    if isinstance(value, dict):
+        return {name: hide(name, inner) for name, inner in cast(dict[str, Any], value).items()}
+    return HIDDEN if isinstance(value, str) and _SECRETS & set(re.split(r"[^a-z]+", key.lower())) else value
 
 
 def options_of(name: str, section: Section, configuration: Configuration) -> list[Option]:
@@ -45,7 +56,17 @@ def options_of(name: str, section: Section, configuration: Configuration) -> lis
             Option(kebab(key), value, config.engine_arg_origins[key]) for key, value in config.engine_args.items()
         ]
     args = lookup(root.children or {}, SERVICE_ARGS) or Node(root.origin, children={})
-    return [*options, *_fields(section.args, f"{SERVICE_ARGS}.", args)]
+    options += _fields(section.args, f"{SERVICE_ARGS}.", args)
+    return [_shown(option) for option in options]
+
+
+def _shown(option: Option) -> Option:
+    value = hide(option.key, option.value)
+    if value == option.value:
+        return option
+    # The flag itself would tell it too.
+    origin = option.origin.partition("=")[0] if option.origin.startswith("--") else option.origin
+    return Option(option.key, value, origin)
 
 
 def _fields(struct: msgspec.Struct, path: str, node: Node) -> Iterator[Option]:

@@ -1,7 +1,7 @@
 """Engines by the name that a worker's `engine` key gives. An engine's modules are imported when it is chosen."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from stator.engines.base import Engine
 from stator.errors import ConfigError
@@ -24,18 +24,16 @@ def engine_names() -> list[str]:
     return sorted(_ENGINES)
 
 
-def own_flags(name: str) -> tuple[frozenset[str], frozenset[str]] | None:
-    """The flags, with underscores, that an engine takes, and others that it accepts though they mean nothing to it.
+def own_flags(name: str) -> tuple[dict[str, Any], frozenset[str]] | None:
+    """The flags, with underscores, that an engine takes and their types, and others that mean nothing to it.
 
     None for an engine that takes vLLM's.
     """
     if name != "local":
         return None
-    from msgspec.structs import fields
-
     from stator.engines.local.args import WITHOUT_MEANING_HERE, LocalEngineArgs
 
-    return frozenset(field.name for field in fields(LocalEngineArgs)), WITHOUT_MEANING_HERE
+    return get_type_hints(LocalEngineArgs), WITHOUT_MEANING_HERE
 
 
 def _local(values: Mapping[str, Any]) -> Engine:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from stator.config.decode import lookup
-from stator.config.provenance import DEFAULT, Option, options_of
+from stator.config.provenance import DEFAULT, Option, hide, options_of
 from stator.config.schema import FrontendConfig, WorkerConfig
 from stator.graph import banner, gpus, network
 from stator.graph.node import Node, ServeOptions, prepare
@@ -102,7 +102,7 @@ def _process(node: Node, plan: ProcessPlan, shared: Sequence[str]) -> ProcessEnt
         services=list(plan.services),
         gpus=environment.get("CUDA_VISIBLE_DEVICES"),
         addresses=_addresses(node, plan, shared),
-        environment=environment,
+        environment={key: hide(key, value) for key, value in environment.items()},
         python=plan.args.python,
     )
 

@@ -91,6 +91,15 @@ def test_another_engine_keeps_its_own_flags_and_names_what_it_has_no_use_for() -
         ("quantization", "tensor-parallel-size", "swap-space"),
         [],
     )
+    assert check("block-size: '16'\nenable-prefix-caching: 'True'", "local")[0] == {
+        "block_size": 16,
+        "enable_prefix_caching": True,
+    }
+    _, _, messages = check("max-num-seqs: many\ntransfer-hold-s: true", "local")
+    assert messages == [
+        'f.yaml:1: W.max-num-seqs: found "many", expected a whole number',
+        "f.yaml:2: W.transfer-hold-s: found true, expected a number",
+    ]
     _, _, messages = check("tensor-parallel-size: x\nblok-size: 1", "local")
     assert messages == [
         'f.yaml:1: W.tensor-parallel-size: found "x", expected a whole number',
@@ -103,7 +112,7 @@ def test_every_flag_that_means_nothing_to_the_local_engine_is_no_flag_of_its_own
     described = own_flags("local")
     assert described is not None
     own, meaningless = described
-    assert "block_size" in own and not own & meaningless
+    assert "block_size" in own and not own.keys() & meaningless
     assert own_flags("vllm") is None
 
 
