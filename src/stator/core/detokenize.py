@@ -35,23 +35,45 @@ _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class ByteDetokenizer:
-    """token_bytes: each id's bytes; empty for special and unknown ids."""
+    """token_bytes: each id's bytes; empty for special and unknown ids.
 
-    __slots__ = ("_decode", "_token_bytes")
+    token_text: their text, None where the bytes alone are not whole characters. Between whole characters, which is
+    nearly always, a token's text is just that; the decoder is for the others.
+    """
 
-    def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
+    __slots__ = ("_decoder", "_token_bytes", "_token_text", "_whole")
+
+    def __init__(self, token_bytes: Mapping[int, bytes], token_text: Mapping[int, str | None] | None = None) -> None:
         self._token_bytes = token_bytes
-        # Invalid bytes become one U+FFFD per maximal subpart (Unicode 3.9, table 3-8), as in the Rust decoder.
-        self._decode = _new_utf8_decoder("replace").decode
+        self._token_text = token_text
+        self._whole = token_text is not None
+        self._decoder: codecs.IncrementalDecoder | None = None
 
     def push(self, token_ids: Sequence[int]) -> str:
+        if self._whole and len(token_ids) == 1:
+            assert self._token_text is not None
+            text = self._token_text[token_ids[0]]
+            if text is not None:
+                return text
         table = self._token_bytes
-        if len(token_ids) == 1:
-            return self._decode(table[token_ids[0]])
-        return self._decode(b"".join([table[token_id] for token_id in token_ids]))
+        decoder = self._decoder
+        if decoder is None:
+            # Invalid bytes become one U+FFFD per maximal subpart (Unicode 3.9, table 3-8), as in the Rust decoder.
+            decoder = self._decoder = _new_utf8_decoder("replace")
+        text = decoder.decode(b"".join([table[token_id] for token_id in token_ids]))
+        self._whole = self._token_text is not None and not decoder.getstate()[0]
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        return "" if self._decoder is None else self._decoder.decode(b"", True)
+
+
+def whole_text(token_bytes: bytes) -> str | None:
+    """The text of a token whose bytes are whole characters."""
+    try:
+        return token_bytes.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 class PieceDetokenizer:

@@ -15,7 +15,7 @@ class OutputText:
     After each push, `num_tokens` is how many tokens belong to the output: all, or those up to the end of the match.
     """
 
-    __slots__ = ("_detokenizer", "_has_stops", "_matcher", "_min_tokens", "_stop_ids", "num_tokens")
+    __slots__ = ("_detokenizer", "_has_stops", "_matcher", "_min_tokens", "_stop_ids", "num_tokens", "stopped")
 
     def __init__(
         self, detokenizer: Detokenizer, stops: Sequence[str], *, min_tokens: int, stop_ids: Collection[int]
@@ -26,11 +26,8 @@ class OutputText:
         self._min_tokens = min_tokens
         self._stop_ids = stop_ids
         self.num_tokens = 0
-
-    @property
-    def stopped(self) -> bool:
+        self.stopped = False
         """A stop string was found; push no more."""
-        return self._matcher.matched is not None
 
     def push(self, token_ids: Sequence[int]) -> str:
         if not self._has_stops:
@@ -57,7 +54,8 @@ class OutputText:
                 out.append(text)
                 continue
             out.append(self._matcher.feed(text))
-            if self.stopped:
+            if self._matcher.matched is not None:
+                self.stopped = True
                 break
         return "".join(out)
 
@@ -65,4 +63,5 @@ class OutputText:
         if self.stopped:
             return ""
         text = self._matcher.feed(self._detokenizer.flush())
+        self.stopped = self._matcher.matched is not None
         return text if self.stopped else text + self._matcher.flush()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import tokenizers
 
-from stator.core.detokenize import ByteDetokenizer, Detokenizer, PieceDetokenizer, WindowDetokenizer
+from stator.core.detokenize import ByteDetokenizer, Detokenizer, PieceDetokenizer, WindowDetokenizer, whole_text
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.messages.tokens import TokenBuffer, pack
 from stator.processor import model_files
@@ -115,7 +115,8 @@ def _detokenizer_factory(tokenizer: tokenizers.Tokenizer, special_ids: frozenset
     kinds = [step["type"] for step in steps]
     if kinds in (["ByteLevel"], ["ByteLevel", "Fuse"]):
         token_bytes = _Table(lambda token_id: _byte_level_bytes(token(token_id)))
-        return lambda: ByteDetokenizer(token_bytes)
+        token_text = _Table(lambda token_id: whole_text(token_bytes[token_id]))
+        return lambda: ByteDetokenizer(token_bytes, token_text)
     if kinds == ["Metaspace"]:
         return _metaspace_factory(steps[0], token)
     pieces_factory = _sentencepiece_factory(steps, token)

@@ -42,7 +42,6 @@ class ClientStream:
         "_held",
         "_held_end",
         "_link",
-        "_loop",
         "_paused",
         "_sink",
         "_timer",
@@ -50,6 +49,7 @@ class ClientStream:
         "context",
         "endpoint",
         "item_type",
+        "loop",
         "stream_id",
         "window",
     )
@@ -79,8 +79,8 @@ class ClientStream:
         self._held: list[Any] = []
         self._held_end: tuple[StatorError | None] | None = None
         self._closed = False
-        self._loop = asyncio.get_running_loop()
-        self._timer = None if context.deadline is None else self._loop.call_at(context.deadline, self._deadline)
+        self.loop = asyncio.get_running_loop()
+        self._timer = None if context.deadline is None else self.loop.call_at(context.deadline, self._deadline)
 
     # The caller's side.
 
@@ -94,7 +94,7 @@ class ClientStream:
         if self._paused:
             self._paused = False
             if self._held:
-                self._loop.call_soon(self._drain)
+                self.loop.call_soon(self._drain)
 
     # The carrier's side.
 
@@ -108,16 +108,14 @@ class ClientStream:
         self.stream_id = stream_id
 
     def deliver(self, items: list[Any]) -> None:
-        if self._closed:
-            return
-        if self._paused or self._held:
+        if not (self._closed or self._paused or self._held):
+            self._push(items)
+        elif not self._closed:
             self._held.extend(items)
             if len(self._held) > self.window:
                 self.break_soon(
                     StatorError(ErrorCode.PROTOCOL, f"{self.endpoint} sent more than the window of {self.window} items")
                 )
-        else:
-            self._push(items)
 
     def finish(self, error: StatorError | None) -> None:
         """The server's end of the stream, after all its items."""
@@ -143,7 +141,7 @@ class ClientStream:
         if link is not None:
             link.send_cancel(self)
         self._close()
-        self._loop.call_soon(self._end, error)
+        self.loop.call_soon(self._end, error)
 
     # Inside.
 

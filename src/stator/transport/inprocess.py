@@ -48,6 +48,7 @@ class InProcessCarrier:
         self._pairs: set[_Pair] = set()
         self._queued: list[_Pair] = []
         self._next_id = 0
+        self._loop = asyncio.get_running_loop()
 
     @property
     def identity(self) -> Identity:
@@ -65,7 +66,7 @@ class InProcessCarrier:
             stream.break_soon(too_many_streams(self._settings.max_streams))
             return
         self._pairs.add(pair)
-        asyncio.get_running_loop().call_soon(pair.start)
+        self._loop.call_soon(pair.start)
 
     def make_call(self, pair: "_Pair", target: Target, request: Any) -> tuple[Endpoint, ServerCall]:
         """Raises StatorError for a call that is refused."""
@@ -93,7 +94,7 @@ class InProcessCarrier:
 
     def queue(self, pair: "_Pair") -> None:
         if not self._queued:
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
         self._queued.append(pair)
 
     def discard(self, pair: "_Pair") -> None:
@@ -123,7 +124,7 @@ class _Pair:
         self._carrier = carrier
         self._target = target
         self._request = request
-        self._loop = asyncio.get_running_loop()
+        self._loop = stream.loop
         self._call: ServerCall | None = None
         self.stream = stream
 

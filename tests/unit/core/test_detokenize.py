@@ -1,6 +1,16 @@
 """The detokenizers on tables written by hand; tests/unit/processor runs them on trained tokenizers."""
 
-from stator.core.detokenize import REPLACEMENT, ByteDetokenizer, Detokenizer, PieceDetokenizer, WindowDetokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stator.core.detokenize import (
+    REPLACEMENT,
+    ByteDetokenizer,
+    Detokenizer,
+    PieceDetokenizer,
+    WindowDetokenizer,
+    whole_text,
+)
 
 
 def deltas(detokenizer: Detokenizer, *pushes: list[int]) -> list[str]:
@@ -19,6 +29,17 @@ def test_bytes_that_cannot_become_a_character_are_replaced_at_once() -> None:
 
 def test_an_incomplete_character_is_replaced_at_the_end() -> None:
     assert deltas(ByteDetokenizer({1: b"\xe2\x82"}), [1]) == ["", REPLACEMENT]
+
+
+ANY_TOKENS = st.lists(st.one_of(st.text(max_size=3).map(str.encode), st.binary(max_size=3)), min_size=1, max_size=8)
+
+
+@given(ANY_TOKENS, st.lists(st.lists(st.integers(0, 7), max_size=3), max_size=20))
+def test_texts_known_beforehand_change_nothing(tokens: list[bytes], pushes: list[list[int]]) -> None:
+    table = dict(enumerate(tokens))
+    pushes = [[token_id % len(tokens) for token_id in ids] for ids in pushes]
+    texts = {token_id: whole_text(token) for token_id, token in table.items()}
+    assert deltas(ByteDetokenizer(table, texts), *pushes) == deltas(ByteDetokenizer(table), *pushes)
 
 
 def test_a_run_of_byte_tokens_ends_at_the_next_text() -> None:
