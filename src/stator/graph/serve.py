@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -17,7 +17,7 @@ from stator.graph import banner, network, token
 from stator.graph.children import child_environment
 from stator.graph.interpreter import source_for
 from stator.graph.node import Node, ServeOptions, prepare
-from stator.graph.placement import ProcessPlan
+from stator.graph.placement import FRONTEND, ProcessPlan
 from stator.graph.protocol import ChildSpec, ExitCode, Serving
 from stator.graph.sockets import open_listener, socket_directory
 from stator.graph.supervisor import Supervisor, make_specs
@@ -47,9 +47,11 @@ async def serve(options: ServeOptions) -> ExitCode:
             terminal.say(f"stator: {notice}")
         secret = _token(options)
         async with _control_plane(options, node, secret, terminal) as (hub, public_hub):
-            with contextlib.ExitStack() as resources:
-                specs = _specs(node, secret, hub, resources)
-                return await _run(options, node, specs, terminal, public_hub)
+            with contextlib.ExitStack() as resources, contextlib.ExitStack() as listening:
+                specs = _specs(node, secret, hub, resources, listening)
+                # From then on only the processes hold their listening sockets: when they are gone, clients are refused.
+                supervisor = _supervisor(node, specs, terminal, public_hub, on_stopping=listening.close)
+                return await supervisor.run(serves_clients=_serves_clients(node))
     finally:
         terminal.close()
 
@@ -133,9 +135,13 @@ async def _check_join(options: ServeOptions, secret: str, head: tuple[str, int],
 
 
 def _specs(
-    node: Node, secret: str, hub: tuple[str, int], resources: contextlib.ExitStack
+    node: Node,
+    secret: str,
+    hub: tuple[str, int],
+    resources: contextlib.ExitStack,
+    listening: contextlib.ExitStack,
 ) -> list[tuple[ProcessPlan, ChildSpec]]:
-    """What the supervisor starts. resources: owns sockets and directories that the processes use."""
+    """What the supervisor starts. resources, listening: own the directories and the sockets that the processes use."""
     options = node.options
     plans = _with_interpreters(node, resources)
     base = ChildSpec(
@@ -158,7 +164,7 @@ def _specs(
     listeners: dict[str, int] = {}
     for name in node.shared_listeners():
         config = node.sections[name].config
-        listeners[name] = resources.enter_context(open_listener(name, config.host, config.port)).fileno()
+        listeners[name] = listening.enter_context(open_listener(name, config.host, config.port)).fileno()
     return make_specs(base, plans, listeners)
 
 
@@ -178,15 +184,14 @@ def _with_interpreters(node: Node, resources: contextlib.ExitStack) -> list[Proc
     return plans
 
 
-async def _run(
-    options: ServeOptions,
+def _supervisor(
     node: Node,
     specs: Sequence[tuple[ProcessPlan, ChildSpec]],
     terminal: Terminal,
     public_hub: tuple[str, int] | None,
-) -> ExitCode:
-    plans = node.plans
-    has_frontend = any(node.graph.services[name].role == "frontend" for plan in plans for name in plan.services)
+    on_stopping: Callable[[], None],
+) -> Supervisor:
+    options, plans = node.options, node.plans
 
     def ready(serving: Serving | None) -> None:
         terminal.say(_ready_text(options, node, public_hub, serving))
@@ -196,8 +201,11 @@ async def _run(
         if not _can_finish_alone(node, plans):
             terminal.say("stator: no decode worker is started here; waiting for one to join")
             terminal.say(_join_text(options, node, public_hub))
-    supervisor = Supervisor(specs, terminal, options.settings, ready)
-    return await supervisor.run(serves_clients=has_frontend)
+    return Supervisor(specs, terminal, options.settings, ready, on_stopping)
+
+
+def _serves_clients(node: Node) -> bool:
+    return any(node.role(name) == FRONTEND for plan in node.plans for name in plan.services)
 
 
 def _ready_text(options: ServeOptions, node: Node, public_hub: tuple[str, int] | None, serving: Serving | None) -> str:

@@ -119,8 +119,10 @@ class Supervisor:
         terminal: Terminal,
         settings: Settings,
         on_ready: Callable[[Serving | None], None],
+        on_stopping: Callable[[], None] = lambda: None,
     ) -> None:
-        """on_ready: called once, when every process is ready and, if the node serves clients, requests can finish."""
+        """on_ready: called once, when every process is ready and, if the node serves clients, requests can finish.
+        on_stopping: called when the processes are about to be told to stop."""
         self.terminal = terminal
         self.settings = settings
         self.stopping = asyncio.Event()
@@ -128,6 +130,7 @@ class Supervisor:
         self._keepers = [_Keeper(self, plan, spec) for plan, spec in plans]
         self._tasks = TaskOwner("supervisor")
         self._on_ready = on_ready
+        self._on_stopping = on_stopping
         self._serving: Serving | None = None
         self._told_ready = False
         self._serves_clients = False
@@ -147,6 +150,7 @@ class Supervisor:
             for keeper in self._keepers:
                 self._tasks.spawn(keeper.run(), keeper.plan.label)
             await self.stopping.wait()
+            self._on_stopping()
             await self._stop_all()
         finally:
             for keeper in self._keepers:
