@@ -90,6 +90,7 @@ class Generation:
         self._none_open = asyncio.Event()
         self._none_open.set()
         self._latencies = metrics.tallied("inter_token_latency_seconds")
+        self._labels: frozenset[str] = frozenset()
         self.draining = False
 
     @property
@@ -153,8 +154,7 @@ class Generation:
         self._admit()
         body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
         request = decode_request(endpoint, body)
-        if any(card.id == request.model for card in self._models()):
-            record.model = request.model
+        record.model = self._label(request.model)
         record.streamed = bool(request.stream)
         context = self._context(http, record.started)
         stream = DeltaStream(self._settings.max_buffered_deltas, record.latencies)
@@ -182,6 +182,12 @@ class Generation:
             if watcher is not None:
                 watcher.cancel()
                 await asyncio.gather(watcher, return_exceptions=True)
+
+    def _label(self, model: str) -> str:
+        """A model's name for metrics and log, if it is one that is or was served."""
+        if model not in self._labels:
+            self._labels = frozenset(card.id for card in self._models())
+        return model if model in self._labels else OTHER
 
     def _target(self, endpoint: str) -> Target:
         targets = self._targets(endpoint)

@@ -15,14 +15,13 @@ class OutputText:
     After each push, `num_tokens` is how many tokens belong to the output: all, or those up to the end of the match.
     """
 
-    __slots__ = ("_detokenizer", "_has_stops", "_matcher", "_min_tokens", "_stop_ids", "num_tokens", "stopped")
+    __slots__ = ("_detokenizer", "_matcher", "_min_tokens", "_stop_ids", "num_tokens", "stopped")
 
     def __init__(
         self, detokenizer: Detokenizer, stops: Sequence[str], *, min_tokens: int, stop_ids: Collection[int]
     ) -> None:
         self._detokenizer = detokenizer
-        self._matcher = StopStringMatcher(stops)
-        self._has_stops = bool(stops)
+        self._matcher = StopStringMatcher(stops) if stops else None
         self._min_tokens = min_tokens
         self._stop_ids = stop_ids
         self.num_tokens = 0
@@ -30,10 +29,10 @@ class OutputText:
         """A stop string was found; push no more."""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        if not self._has_stops:
+        if self._matcher is None:
             self.num_tokens += len(token_ids)
             return self._detokenizer.push(token_ids)
-        return self._push_matching(token_ids)
+        return self._push_matching(token_ids, self._matcher)
 
     def push_last(self, token_ids: Sequence[int], *, stopped: bool) -> str:
         """The last ids and everything held back. stopped: the engine ended the output at a token of stop_ids."""
@@ -44,7 +43,7 @@ class OutputText:
             self.num_tokens += 1
         return text + self._flush()
 
-    def _push_matching(self, token_ids: Sequence[int]) -> str:
+    def _push_matching(self, token_ids: Sequence[int], matcher: StopStringMatcher) -> str:
         """Token by token, so that where the output ends does not depend on how tokens were put together."""
         out: list[str] = []
         for token_id in token_ids:
@@ -53,8 +52,8 @@ class OutputText:
             if self.num_tokens <= self._min_tokens:
                 out.append(text)
                 continue
-            out.append(self._matcher.feed(text))
-            if self._matcher.matched is not None:
+            out.append(matcher.feed(text))
+            if matcher.matched is not None:
                 self.stopped = True
                 break
         return "".join(out)
@@ -62,6 +61,9 @@ class OutputText:
     def _flush(self) -> str:
         if self.stopped:
             return ""
-        text = self._matcher.feed(self._detokenizer.flush())
-        self.stopped = self._matcher.matched is not None
-        return text if self.stopped else text + self._matcher.flush()
+        matcher = self._matcher
+        if matcher is None:
+            return self._detokenizer.flush()
+        text = matcher.feed(self._detokenizer.flush())
+        self.stopped = matcher.matched is not None
+        return text if self.stopped else text + matcher.flush()
