@@ -108,6 +108,15 @@ def test_a_plan_for_people(state: dict[str, str]) -> None:
     assert "A start would stop here" not in text
 
 
+def test_a_worker_that_would_see_no_gpu_is_told(state: dict[str, str]) -> None:
+    flags = ("--PrefillWorker.ServiceArgs.resources.gpu=0", "-f", "configs/multinode-405b.yaml")
+    made = plan("graphs.disagg_router:Frontend", *flags, *EIGHT, env=state)
+    assert [notice for notice in made["notices"] if "will see none" in notice] == [
+        "PrefillWorker asks for no GPU and will see none, since other processes of this node have theirs; set "
+        "PrefillWorker.ServiceArgs.resources.gpu"
+    ]
+
+
 def test_secrets_are_not_shown(state: dict[str, str]) -> None:
     flags = [
         "--VllmWorker.ServiceArgs.envs.HF_TOKEN=geheim", "--VllmWorker.hf-token=geheim", "--VllmWorker.engine=vllm",

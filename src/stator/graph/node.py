@@ -108,7 +108,7 @@ def prepare(options: ServeOptions, *, for_start: bool) -> Node:
         plans = equip(plans, inventory.gpus, inventory.source)
     else:
         plans = equip(plans, ())
-    told += [*notices, *_private_routing(graph, plans)]
+    told += [*notices, *_private_routing(graph, plans), *_left_without_gpus(sections, plans)]
     return Node(
         options, graph, configuration, sections, plans, inventory, head, advertise, port_range, tuple(told),
         refusal,
@@ -181,6 +181,17 @@ def _private_routing(graph: Graph, plans: Sequence[ProcessPlan]) -> list[str]:
     return [
         f"{label} has {copied[0].args.workers} processes and the graph has no Router: each balances by what it knows; "
         f"a graph with one, such as graphs.agg_router, lets them share it"
+    ]
+
+
+def _left_without_gpus(sections: dict[str, Section], plans: Sequence[ProcessPlan]) -> list[str]:
+    """vLLM would only say that it finds no GPU."""
+    names = dict.fromkeys(plan.services[0] for plan in plans if plan.environment.get("CUDA_VISIBLE_DEVICES") == "")
+    return [
+        f"{name} asks for no GPU and will see none, since other processes of this node have theirs; set "
+        f"{name}.ServiceArgs.resources.gpu"
+        for name in names
+        if isinstance(config := sections[name].config, WorkerConfig) and config.engine == "vllm"
     ]
 
 
