@@ -270,7 +270,14 @@ async def deployed(options: argparse.Namespace, words: int) -> AsyncIterator[Dep
     workers = client = child = None
     try:
         workers = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(HERE / "hot_path_worker.py"), "--hub", address, "--namespace", NAMESPACE),
+            *(
+                sys.executable,
+                str(HERE / "hot_path_processes" / "worker.py"),
+                "--hub",
+                address,
+                "--namespace",
+                NAMESPACE,
+            ),
             *("--model", NAME, "--block-size", str(BLOCK_SIZE)),
             stdin=PIPE,
             stdout=PIPE,
@@ -279,7 +286,7 @@ async def deployed(options: argparse.Namespace, words: int) -> AsyncIterator[Dep
         os.sched_setaffinity(workers.pid, others)
         await _read(workers)
         client = await asyncio.create_subprocess_exec(
-            sys.executable, str(HERE / "hot_path_client.py"), stdin=PIPE, stdout=PIPE
+            sys.executable, str(HERE / "hot_path_processes" / "client.py"), stdin=PIPE, stdout=PIPE
         )
         os.sched_setaffinity(client.pid, others)
         core = cores[0] if pinned else None
