@@ -33,10 +33,10 @@ from stator.messages.engine import (
 from stator.messages.instances import InstanceInfo
 from stator.messages.kv_events import KvSubscribe
 from stator.messages.reports import ReportRequest, WorkerReport
+from stator.observability.reporting import Reporter
 from stator.runtime.directory import register_instance
 from stator.transport import Call, Endpoint, Identity, Listen, RequestPlaneClient, RequestPlaneServer
 from stator.worker.kv_events import KvPublisher
-from stator.worker.reporting import Reporter
 
 FIRST_ID, LAST_ID = 300, 800
 """Ordinary tokens of the bundled model."""

@@ -19,6 +19,7 @@ from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, Sampl
 from stator.messages.instances import InstanceInfo
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.messages.tokens import pack
+from stator.observability.reporting import Reporter
 from stator.queue.memory import MemoryQueue
 from stator.runtime.context import CallContext
 from stator.runtime.directory import InstanceDirectory, register_instance
@@ -33,7 +34,7 @@ from stator.transport import (
     Target,
     stream,
 )
-from stator.worker import DecodeWorker, PrefillWorker, Reporter, WorkerHost
+from stator.worker import DecodeWorker, PrefillWorker, WorkerHost
 
 TOKEN = "a-token-for-tests-only-0123456789"
 ALWAYS = DisaggPolicy(remote_prefill=True, conditional_disagg=False)

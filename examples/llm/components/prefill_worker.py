@@ -6,6 +6,7 @@ from stator import worker
 from stator.graph import ServiceContext, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.kv_events import KvItem, KvSubscribe
 from stator.messages.reports import ReportRequest, WorkerReport
+from stator.observability.reporting import Reporter
 from stator.transport import Call
 
 
@@ -28,7 +29,7 @@ class PrefillWorker:
             rng=Random(),
         )
         await self.jobs.start()
-        self.reporter = worker.Reporter(self.jobs.report)
+        self.reporter = Reporter(self.jobs.report)
         self.reporter.start()
         self.kv_publisher = worker.KvPublisher(self.engine)
 

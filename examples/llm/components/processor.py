@@ -4,13 +4,14 @@ from random import Random
 
 from components.router import Router
 from components.worker import VllmWorker
-from stator import processor, worker
+from stator import processor
 from stator.config.models import resolve_model
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 from stator.messages.processor import CompletionDelta
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.messages.routing import DecisionRecord, DecisionsRequest
+from stator.observability.reporting import Reporter
 from stator.router import LinkedRouter, LocalRouter
 from stator.transport import Call
 
@@ -37,7 +38,7 @@ class Processor:
             settings=processor.ProcessorSettings(migration_limit=config.migration_limit),
             defaults=processor.SamplingDefaults.load(model_dir),
         )
-        self.reporter = worker.Reporter(self.routes.report)
+        self.reporter = Reporter(self.routes.report)
         self.reporter.start()
 
     @endpoint(request=ChatCompletionRequest, item=CompletionDelta)

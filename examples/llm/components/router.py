@@ -3,11 +3,12 @@
 from random import Random
 
 from components.worker import VllmWorker
-from stator import router, worker
+from stator import router
 from stator.graph import ServiceContext, depends, endpoint, on_start, on_stop, service
 from stator.messages.processor import RouteDecision, RouteRequest
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.messages.routing import DecisionRecord, DecisionsRequest, RouteObservations
+from stator.observability.reporting import Reporter
 from stator.transport import Call
 
 
@@ -24,7 +25,7 @@ class Router:
             min_workers=context.config.min_workers,
             rng=Random(),
         )
-        self.reporter = worker.Reporter(self.routes.report)
+        self.reporter = Reporter(self.routes.report)
         self.reporter.start()
 
     @endpoint(request=RouteRequest, item=RouteDecision)

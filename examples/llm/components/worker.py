@@ -6,6 +6,7 @@ from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, 
 from stator.messages.engine import EngineRequest, PrefillDone, PrefillDoneReply, TokenDelta
 from stator.messages.kv_events import KvItem, KvSubscribe
 from stator.messages.reports import ReportRequest, WorkerReport
+from stator.observability.reporting import Reporter
 from stator.transport import Call
 
 
@@ -30,7 +31,7 @@ class VllmWorker:
             directory=context.directory,
         )
         await self.requests.start()
-        self.reporter = worker.Reporter(self.requests.report)
+        self.reporter = Reporter(self.requests.report)
         self.reporter.start()
         self.kv_publisher = worker.KvPublisher(self.engine)
 

@@ -96,7 +96,7 @@ def main() -> ExitCode:
     os.close(null)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     report = StatusPipe(spec.status_fd)
-    setup_logging(spec.services[0], str(spec.index))
+    setup_logging(spec.services[0], str(spec.index), prefixed=True)
     try:
         return run_loop(_run(spec, report))
     except ConfigError as error:

@@ -24,14 +24,15 @@ def _timestamp(created: float) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z LEVEL component[instance] message`; a traceback follows on its own lines."""
+    """`2026-01-31T12:00:00.000Z LEVEL source message`, without source if that is empty; a traceback follows on its own
+    lines."""
 
-    def __init__(self, component: str, instance: str) -> None:
+    def __init__(self, source: str) -> None:
         super().__init__()
-        self._source = f"{component}[{instance}]"
+        self._source = f"{source} " if source else ""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_timestamp(record.created)} {record.levelname} {self._source} {record.getMessage()}"
+        line = f"{_timestamp(record.created)} {record.levelname} {self._source}{record.getMessage()}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
@@ -66,8 +67,11 @@ def setup_logging(
     *,
     environ: Mapping[str, str] = os.environ,
     stream: TextIO | None = None,
+    prefixed: bool = False,
 ) -> None:
     """Send the root logger's records to stream (default stderr), replacing handlers it had.
+
+    prefixed: whoever reads the stream puts the source before each line of text, as the supervisor does.
 
     STATOR_LOG_LEVEL (default INFO) and STATOR_LOG_FORMAT (text or json) come from environ. Raises ConfigError for
     other values.
@@ -78,7 +82,8 @@ def setup_logging(
     form = environ.get("STATOR_LOG_FORMAT", "text").lower()
     if form not in FORMATS:
         raise ConfigError(f"STATOR_LOG_FORMAT is {form!r}; expected one of {', '.join(FORMATS)}")
-    formatter = JsonFormatter(component, instance) if form == "json" else TextFormatter(component, instance)
+    source = "" if prefixed else f"{component}[{instance}]"
+    formatter = JsonFormatter(component, instance) if form == "json" else TextFormatter(source)
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(formatter)
     root = logging.getLogger()

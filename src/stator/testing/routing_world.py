@@ -25,13 +25,14 @@ from stator.messages.openai import CompletionRequest, Usage
 from stator.messages.processor import CompletionDelta, RouteRequest
 from stator.messages.reports import ReportRequest, RouterStats
 from stator.messages.routing import DecisionsRequest, RouteObservations
+from stator.observability.reporting import Reporter
 from stator.processor import ModelTokenizer, Processor
 from stator.queue.memory import MemoryQueue
 from stator.router import Router
 from stator.runtime.context import CallContext, loop_time
 from stator.runtime.directory import InstanceDirectory, register_instance
 from stator.transport import Endpoint, Identity, Listen, RequestPlaneClient, RequestPlaneServer, Target
-from stator.worker import DecodeWorker, KvPublisher, Reporter, WorkerHost
+from stator.worker import DecodeWorker, KvPublisher, WorkerHost
 
 TOKEN = "a-token-for-tests-only-0123456789"
 MODEL = "tiny-llama"

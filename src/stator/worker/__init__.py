@@ -5,14 +5,12 @@ from stator.worker.engine import make_engine
 from stator.worker.host import WorkerHost
 from stator.worker.kv_events import KvPublisher
 from stator.worker.prefill import PrefillWorker
-from stator.worker.reporting import Reporter
 
 __all__ = [
     "PREFILL_QUEUE",
     "DecodeWorker",
     "KvPublisher",
     "PrefillWorker",
-    "Reporter",
     "WorkerHost",
     "disagg_policy",
     "make_engine",

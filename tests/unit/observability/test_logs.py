@@ -62,3 +62,10 @@ def test_tracebacks_stay_in_one_json_line():
     except ValueError:
         logging.getLogger("stator.test").exception("failed")
     assert "ValueError: bad" in json.loads(stream.getvalue())["traceback"]
+
+
+def test_lines_that_somebody_else_prefixes_do_not_say_their_source_again() -> None:
+    stream = io.StringIO()
+    setup_logging("VllmWorker", "1", environ={}, stream=stream, prefixed=True)
+    logging.getLogger("stator.worker").info("hello")
+    assert stream.getvalue().rstrip().endswith("Z INFO hello")
