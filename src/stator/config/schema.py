@@ -72,7 +72,7 @@ class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
     migration_limit: Annotated[
         int, Meta(ge=0, description="How often a request may continue on another worker.", extra={"unit": "times"})
     ] = 3
-    router: Annotated[RouterName, Meta(description="How a decode worker is chosen.")] = "least-loaded"
+    router: Annotated[RouterName, Meta(description="How a decode worker is chosen.")] = "kv"
     trust_remote_code: Annotated[bool, Meta(description="Accepted for older files; the tokenizer runs no code.")] = (
         False
     )
