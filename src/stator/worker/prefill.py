@@ -7,8 +7,10 @@ accepted release their blocks at once.
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import msgspec
 
@@ -48,10 +50,9 @@ class _ResultSink(Sink):
     def __init__(self) -> None:
         self.result: asyncio.Future[PrefillResult] = asyncio.get_running_loop().create_future()
 
-    def items(self, items: object, /) -> None:
-        (result,) = items  # type: ignore[misc]
+    def items(self, items: Sequence[Any], /) -> None:
         if not self.result.done():
-            self.result.set_result(result)
+            self.result.set_result(items[0])
 
     def end(self, error: StatorError | None = None, /) -> None:
         if not self.result.done():
@@ -240,6 +241,5 @@ class PrefillWorker:
         """Give back what is in hand, so that another worker takes it at once."""
         if self._pulling is not None:
             self._pulling.cancel()
-        for in_hand in list(self._in_hand.values()):
-            await self._nack(in_hand.delivery)
+        await asyncio.gather(*(self._nack(in_hand.delivery) for in_hand in self._in_hand.values()))
         await self._tasks.close()
