@@ -18,6 +18,7 @@ from stator.core.detokenize import ByteDetokenizer, Detokenizer, PieceDetokenize
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.messages.tokens import TokenBuffer, pack
 from stator.processor import model_files
+from stator.processor.word_cache import WordCache
 
 # One prompt is encoded at a time: handing it to the library's own threads and waiting for them gains nothing.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,7 +47,9 @@ class ModelTokenizer:
         self.num_ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special_ids = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self.eos_ids = frozenset(eos_ids or self._ids_of(special_tokens.get("eos_token")))
-        self._new_detokenizer = _detokenizer_factory(tokenizer, self.special_ids)
+        settings: dict[str, Any] = msgspec.json.decode(tokenizer.to_str())
+        self._new_detokenizer = _detokenizer_factory(tokenizer, settings["decoder"], self.special_ids)
+        self._words = WordCache.of(settings, self._encode_words)
 
     @classmethod
     def load(cls, model_dir: Path) -> "ModelTokenizer":
@@ -72,6 +75,10 @@ class ModelTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenBuffer:
         """Raises StatorError(INVALID_REQUEST) for text that is not Unicode (a lone surrogate)."""
+        if self._words is not None and not add_special_tokens:
+            known = self._words.encode(text)
+            if known is not None:
+                return TokenBuffer(known)
         try:
             # The batch form computes no character offsets and gives the interpreter lock away while it works.
             encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
@@ -80,6 +87,10 @@ class ModelTokenizer:
                 ErrorCode.INVALID_REQUEST, "the prompt contains an unpaired surrogate and is not valid Unicode text"
             ) from error
         return pack(array("I", encoding.ids))
+
+    def _encode_words(self, words: Sequence[str]) -> list[bytes]:
+        encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        return [pack(array("I", encoding.ids)) for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -105,13 +116,15 @@ class _Table(dict[int, _T]):
         return entry
 
 
-def _detokenizer_factory(tokenizer: tokenizers.Tokenizer, special_ids: frozenset[int]) -> Callable[[], Detokenizer]:
+def _detokenizer_factory(
+    tokenizer: tokenizers.Tokenizer, decoder: dict[str, Any] | None, special_ids: frozenset[int]
+) -> Callable[[], Detokenizer]:
     """Which kind a tokenizer needs follows from its `decoder`."""
 
     def token(token_id: int) -> str | None:
         return None if token_id in special_ids else tokenizer.id_to_token(token_id)
 
-    steps = _decoder_steps(msgspec.json.decode(tokenizer.to_str())["decoder"])
+    steps = _decoder_steps(decoder)
     kinds = [step["type"] for step in steps]
     if kinds in (["ByteLevel"], ["ByteLevel", "Fuse"]):
         token_bytes = _Table(lambda token_id: _byte_level_bytes(token(token_id)))
