@@ -1,5 +1,6 @@
 """Request bodies to OpenAI structs. Pure: every body, whatever its bytes, is a request or INVALID_REQUEST."""
 
+import operator
 from typing import Any, NoReturn
 
 import msgspec
@@ -18,6 +19,9 @@ MAX_DETAIL_CHARS = 300
 _DECODE_CHAT = msgspec.json.Decoder(ChatCompletionRequest).decode
 _DECODE_COMPLETION = msgspec.json.Decoder(CompletionRequest).decode
 _FREE_FORM = ("tools", "tool_choice", "response_format", "audio", "functions")
+
+
+_FREE_FORM_VALUES = operator.attrgetter(*_FREE_FORM)
 
 
 def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | CompletionRequest:
@@ -74,8 +78,7 @@ def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
         if isinstance(request.prompt, list) and len({type(part) for part in request.prompt}) > 1:
             _refuse("Invalid value for 'prompt': a list may not mix texts, token ids and lists of token ids.", "prompt")
         return
-    for name in _FREE_FORM:
-        value = getattr(request, name)
+    for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
         if value is not None:
             _check_free_form(value, name)
     for index, message in enumerate(request.messages):

@@ -17,17 +17,15 @@ from stator.frontend.stream import DeltaStream, Write
 from stator.ids import RequestId
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest, ModelCard, Usage
 from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, CompletionDelta
-from stator.observability.metrics import OTHER, Metrics, Tally
-from stator.runtime.context import CallContext, loop_time
+from stator.observability.metrics import OTHER, Metrics
+from stator.runtime.context import CallContext
 from stator.transport.base import Target, TransportClient
 
 logger = logging.getLogger(__name__)
 access_log = logging.getLogger("stator.frontend.access")
 
 TIMEOUT_HEADER = b"x-request-timeout-s"
-CARRIED_HEADERS = tuple(
-    (name, name.encode("ascii")) for name in ("traceparent", "tracestate", SESSION_HEADER, EXPLAIN_HEADER)
-)
+CARRIED_HEADERS = {name.encode("ascii"): name for name in ("traceparent", "tracestate", SESSION_HEADER, EXPLAIN_HEADER)}
 """Request headers that travel with the call: trace context, and what concerns routing."""
 
 MAX_CARRIED_HEADER_BYTES = 512
@@ -44,7 +42,6 @@ class _Record:
 
     endpoint: str
     started: float
-    latencies: Tally
     model: str = OTHER
     streamed: bool = False
     num_tokens: int = 0
@@ -86,16 +83,15 @@ class Generation:
         self._wall = wall
         self._turn = rng.getrandbits(16)
         self._streams: set[DeltaStream] = set()
-        self._num_open = 0
+        self._num_open: dict[str, int] = {}
         self._none_open = asyncio.Event()
         self._none_open.set()
-        self._latencies = metrics.tallied("inter_token_latency_seconds")
         self._labels: frozenset[str] = frozenset()
         self.draining = False
 
     @property
     def num_open(self) -> int:
-        return self._num_open
+        return sum(self._num_open.values())
 
     def drain(self) -> None:
         self.draining = True
@@ -110,10 +106,12 @@ class Generation:
             stream.fail(StatorError(ErrorCode.DRAINING, "The server stopped before this answer was complete."))
 
     async def handle(self, http: HttpExchange, endpoint: str) -> None:
-        record = _Record(endpoint, loop_time(), self._latencies.tally())
+        # Asking for the running loop is a system call on CPython 3.11: once per request.
+        loop = asyncio.get_running_loop()
+        record = _Record(endpoint, loop.time())
         self._enter(endpoint)
         try:
-            await self._serve(http, endpoint, record)
+            await self._serve(http, endpoint, record, loop)
         except ClientGone:
             self._metrics.counter("client_disconnects_total", endpoint).inc()
         except StatorError as error:
@@ -124,40 +122,40 @@ class Generation:
             record.failed(error := internal_error())
             await http.fail(error)
         finally:
-            self._leave(endpoint)
-            self._account(http, record)
+            self._num_open[endpoint] -= 1
+            if not self.num_open:
+                self._none_open.set()
+            self._account(http, record, loop.time())
 
     def _enter(self, endpoint: str) -> None:
-        self._num_open += 1
+        if endpoint not in self._num_open:
+            # Read when a scrape asks; a request only counts.
+            self._num_open[endpoint] = 0
+            self._metrics.gauge("requests_in_progress", endpoint).set_function(lambda: self._num_open[endpoint])
+        self._num_open[endpoint] += 1
         self._none_open.clear()
-        self._metrics.gauge("requests_in_progress", endpoint).inc()
-
-    def _leave(self, endpoint: str) -> None:
-        self._num_open -= 1
-        if not self._num_open:
-            self._none_open.set()
-        self._metrics.gauge("requests_in_progress", endpoint).dec()
 
     def _admit(self) -> None:
         if self.draining:
             raise StatorError(
                 ErrorCode.DRAINING, "This server is shutting down; send the request again.", retry_after_s=1.0
             )
-        if self._num_open > self._settings.max_open_requests:
+        if self.num_open > self._settings.max_open_requests:
             raise StatorError(
                 ErrorCode.OVERLOADED,
                 f"This server has {self._settings.max_open_requests} open requests, which is its limit; try later.",
                 retry_after_s=1.0,
             )
 
-    async def _serve(self, http: HttpExchange, endpoint: str, record: _Record) -> None:
+    async def _serve(self, http: HttpExchange, endpoint: str, record: _Record, loop: asyncio.AbstractEventLoop) -> None:
         self._admit()
         body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
         request = decode_request(endpoint, body)
         record.model = self._label(request.model)
         record.streamed = bool(request.stream)
         context = self._context(http, record.started)
-        stream = DeltaStream(self._settings.max_buffered_deltas, record.latencies)
+        latencies = self._metrics.histogram("inter_token_latency_seconds", record.model, endpoint)
+        stream = DeltaStream(self._settings.max_buffered_deltas, latencies, loop)
         stream.attach(
             self._client.open(self._target(endpoint), request, stream, context=context, item_type=CompletionDelta)
         )
@@ -166,7 +164,7 @@ class Generation:
         if http.pipe is not None:
             http.pipe.on_leave(stream.client_gone)
         else:
-            watcher = asyncio.get_running_loop().create_task(_watch_disconnect(http.receive, stream))
+            watcher = loop.create_task(_watch_disconnect(http.receive, stream))
         try:
             if request.stream:
                 await self._answer_stream(http, request, stream, record)
@@ -198,10 +196,10 @@ class Generation:
 
     def _context(self, http: HttpExchange, started: float) -> CallContext:
         headers: dict[str, str] = {}
-        for name, raw_name in CARRIED_HEADERS:
-            value = http.headers.get(raw_name)
-            if value is not None and len(value) <= MAX_CARRIED_HEADER_BYTES:
-                headers[name] = value.decode("latin-1")
+        for raw_name in CARRIED_HEADERS.keys() & http.headers.keys():
+            value = http.headers[raw_name]
+            if len(value) <= MAX_CARRIED_HEADER_BYTES:
+                headers[CARRIED_HEADERS[raw_name]] = value.decode("latin-1")
         return CallContext(RequestId(http.call_id), started + self._timeout_s(http), headers)
 
     def _timeout_s(self, http: HttpExchange) -> float:
@@ -261,8 +259,7 @@ class Generation:
         )
         await http.respond(200, body, headers=explanation)
 
-    def _account(self, http: HttpExchange, record: _Record) -> None:
-        now = loop_time()
+    def _account(self, http: HttpExchange, record: _Record, now: float) -> None:
         metrics, labels = self._metrics, (record.model, record.endpoint)
         metrics.counter("requests_total", *labels, str(record.status)).inc()
         metrics.histogram("request_duration_seconds", *labels).observe(now - record.started)
@@ -270,12 +267,16 @@ class Generation:
             metrics.counter("rejected_total", record.error.value).inc()
         if record.first_token_at is not None:
             metrics.histogram("time_to_first_token_seconds", *labels).observe(record.first_token_at - record.started)
-            self._latencies.add(labels, record.latencies)
         usage = record.usage
         if usage is not None:
             metrics.histogram("request_input_tokens", *labels).observe(usage.prompt_tokens)
             metrics.histogram("request_output_tokens", *labels).observe(usage.completion_tokens)
             metrics.histogram("request_cached_tokens", *labels).observe(usage.prompt_tokens_details.cached_tokens)
+        if access_log.isEnabledFor(logging.INFO):
+            self._log(http, record, now)
+
+    def _log(self, http: HttpExchange, record: _Record, now: float) -> None:
+        usage = record.usage
         access_log.info(
             "%s %s %d %s model=%s stream=%d in=%s out=%d cached=%s ttft_ms=%s ms=%.1f",
             record.endpoint,

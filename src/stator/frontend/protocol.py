@@ -34,10 +34,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._on_lost = on_lost
         self._running: RequestResponseCycle | None = None
         self._in_head = True
+        self._head_begun = False
         self._num_head_bytes = 0
         self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._idle_since: float | None = None
         self._on_leave: Callable[[], None] | None = None
         self._extensions: dict[str, Any] = {PIPE: self}
 
@@ -53,6 +56,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer = _cancel(self._head_timer)
         self._write_timer = _cancel(self._write_timer)
+        self._idle_timer = _cancel(self._idle_timer)
         self.pipeline.clear()
         if self._running is not None and self.busy:
             self._running.disconnected = True
@@ -70,17 +74,22 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._in_head:
             self._num_head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._num_head_bytes > self._settings.max_head_bytes:
+        if not self._in_head:
+            return
+        if self._head_begun:
+            # Not where it begins: a head that came whole needs no timer.
+            self._arm_head_timer()
+        if self._num_head_bytes > self._settings.max_head_bytes:
             limit = self._settings.max_head_bytes
             self._refuse(431, f"The request line and headers are larger than the limit of {limit} bytes.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
-        self._arm_head_timer()
+        self._head_begun = True
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head = self._head_begun = False
         self._num_head_bytes = 0
         self._head_timer = _cancel(self._head_timer)
         super().on_headers_complete()
@@ -92,6 +101,32 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but for the timer: one for a connection, not one for each of its requests."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._check_idle)
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def _check_idle(self) -> None:
+        self._idle_timer = None
+        if self._idle_since is None:
+            return
+        due = self._idle_since + self.timeout_keep_alive
+        if self.loop.time() < due:
+            self._idle_timer = self.loop.call_at(due, self._check_idle)
+        else:
+            self.timeout_keep_alive_handler()
 
     # Pipe.
 

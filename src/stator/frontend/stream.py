@@ -26,6 +26,7 @@ class DeltaStream:
         "_error",
         "_handle",
         "_last_at",
+        "_loop",
         "_max_buffered",
         "_paused",
         "_pending",
@@ -37,10 +38,11 @@ class DeltaStream:
         "num_tokens",
     )
 
-    def __init__(self, max_buffered: int, latencies: Tally) -> None:
+    def __init__(self, max_buffered: int, latencies: Tally, loop: asyncio.AbstractEventLoop) -> None:
+        """latencies: where the times between tokens are counted. loop: the running one."""
         self._max_buffered = max_buffered
         self._pending: list[CompletionDelta] = []
-        loop = asyncio.get_running_loop()
+        self._loop = loop
         self._now = loop.time
         self._waiter: asyncio.Future[None] | None = None
         self._write: Write | None = None
@@ -122,7 +124,7 @@ class DeltaStream:
                 self._paused = False
                 self._handle.resume()
             self._write = write
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:

@@ -5,6 +5,9 @@ A field of OpenAI's schema that is declared here but not supported yet is refuse
 (`UNSUPPORTED_UNLESS`); none of them is silently dropped. Fields nobody declared are other vendors' extensions.
 """
 
+import operator
+from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -108,15 +111,21 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
 """Values, beside null, with which a field that is not supported asks for nothing."""
 
 
+@cache
+def _unsupported(kind: type[RequestFields]) -> tuple[tuple[str, ...], Callable[[RequestFields], tuple[Any, ...]]]:
+    """The fields to look at, and all their values in one call."""
+    names = tuple(name for name in kind.__struct_fields__ if name in UNSUPPORTED_UNLESS)
+    return names, operator.attrgetter(*names)
+
+
 def unsupported_field(request: RequestFields) -> str | None:
     """The first field that asks for what is not supported yet, in the order of the schema; None if there is none."""
-    for name in request.__struct_fields__:
-        harmless = UNSUPPORTED_UNLESS.get(name)
-        if harmless is None:
-            continue
-        value = getattr(request, name)
+    names, values = _unsupported(type(request))
+    for name, value in zip(names, values(request), strict=True):
         # `0 == False` in Python, and completions' `logprobs: 0` asks for the chosen token's probability.
-        if value is not None and not any(type(value) is type(each) and value == each for each in harmless):
+        if value is not None and not any(
+            type(value) is type(each) and value == each for each in UNSUPPORTED_UNLESS[name]
+        ):
             return name
     if request.stream_options is not None and request.stream_options.include_obfuscation:
         return "stream_options.include_obfuscation"

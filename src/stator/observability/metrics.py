@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
@@ -36,8 +36,6 @@ class Kind(StrEnum):
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
-    TALLIED = "tallied"
-    """A histogram filled from `Tally` objects, many observations at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ _TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 
 _ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0)
 _TOKENS = tuple(float(2**power) for power in range(18))
 
-_C, _G, _H, _T = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM, Kind.TALLIED
+_C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 _REQUEST = ("model", "endpoint")
 
 FRONTEND_METRICS: tuple[MetricSpec, ...] = (
@@ -69,7 +67,7 @@ FRONTEND_METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("request_duration_seconds", _H, "From the request's head to its end.", _REQUEST, _DURATION_S),
     MetricSpec("time_to_first_token_seconds", _H, "From the request's head to its first token.", _REQUEST, _TTFT_S),
-    MetricSpec("inter_token_latency_seconds", _T, "Time between the tokens of one request.", _REQUEST, _ITL_S),
+    MetricSpec("inter_token_latency_seconds", _H, "Time between the tokens of one request.", _REQUEST, _ITL_S),
     MetricSpec("request_input_tokens", _H, "Prompt tokens of a finished request.", _REQUEST, _TOKENS),
     MetricSpec("request_output_tokens", _H, "Generated tokens of a finished request.", _REQUEST, _TOKENS),
     MetricSpec("request_cached_tokens", _H, "Prompt tokens found in a KV cache.", _REQUEST, _TOKENS),
@@ -118,7 +116,7 @@ _ROUTER = ("router",)
 
 ROUTER_METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("route_decisions_total", _C, "Decisions of a router, by mode.", (*_ROUTER, "mode")),
-    MetricSpec("route_decision_seconds", _T, "Time that a decision took in the router.", _ROUTER, DECISION_S),
+    MetricSpec("route_decision_seconds", _H, "Time that a decision took in the router.", _ROUTER, DECISION_S),
     MetricSpec("router_bookings", _G, "Requests that a router has sent to workers and that have not ended.", _ROUTER),
     MetricSpec(
         "router_overlap_predictions_total",
@@ -129,7 +127,7 @@ ROUTER_METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec(
         "router_overlap_difference_blocks",
-        _T,
+        _H,
         "Distance of a predicted overlap from what the engine had cached, in blocks.",
         _ROUTER,
         DIFFERENCE_BLOCKS,
@@ -145,7 +143,7 @@ PREFILL_OUTCOMES = frozenset({"remote", "local", "fallback", "done", "failed", "
 
 
 class Tally:
-    """Observations of one stream, kept in a few numbers until `TalliedHistogram.add` takes them all at once."""
+    """The observations of one series of a histogram, without prometheus_client's locks and linear search."""
 
     __slots__ = ("buckets", "counts", "total")
 
@@ -154,7 +152,7 @@ class Tally:
         self.counts = [0] * (len(buckets) + 1)
         self.total = 0.0
 
-    def observe(self, value: float, times: int) -> None:
+    def observe(self, value: float, times: int = 1) -> None:
         self.counts[bisect_left(self.buckets, value)] += times
         self.total += value * times
 
@@ -162,29 +160,27 @@ class Tally:
 class TalliedHistogram(Collector):
     def __init__(self, spec: MetricSpec) -> None:
         self._spec = spec
-        self._sums: dict[tuple[str, ...], Tally] = {}
+        self._series: dict[tuple[str, ...], Tally] = {}
 
-    def tally(self) -> Tally:
-        return Tally(self._spec.buckets)
-
-    def add(self, labels: tuple[str, ...], tally: Tally) -> None:
-        whole = self._sums.get(labels)
-        if whole is None:
-            whole = self._sums[labels] = self.tally()
-        whole.counts = [have + more for have, more in zip(whole.counts, tally.counts, strict=True)]
-        whole.total += tally.total
+    def of(self, labels: tuple[str, ...]) -> Tally:
+        """The series of these labels, which is there from now on. Raises ValueError for another number of labels."""
+        tally = self._series.get(labels)
+        if tally is None:
+            if len(labels) != len(self._spec.labels):
+                raise ValueError(f"{self._spec.name} has the labels {self._spec.labels}, not {labels}")
+            tally = self._series[labels] = Tally(self._spec.buckets)
+        return tally
 
     def take(self, labels: tuple[str, ...], counts: Sequence[int], total: float) -> None:
         """Counts made elsewhere, of a peer's message: ignored if they do not fit the buckets."""
-        tally = self.tally()
-        if len(counts) == len(tally.counts):
-            tally.counts = list(counts)
-            tally.total = total
-            self.add(labels, tally)
+        if len(counts) == len(self._spec.buckets) + 1:
+            tally = self.of(labels)
+            tally.counts = [have + more for have, more in zip(tally.counts, counts, strict=True)]
+            tally.total += total
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(f"stator_{self._spec.name}", self._spec.help, labels=self._spec.labels)
-        for labels, tally in self._sums.items():
+        for labels, tally in self._series.items():
             family.add_metric(labels, self._cumulative(tally), tally.total)
         yield family
 
@@ -254,8 +250,8 @@ class WorkerCollector(Collector):
 
 
 def router_families(routers: Mapping[InstanceId, RouterStats]) -> Iterable[Metric]:
-    plain = {spec.name: _family(spec) for spec in ROUTER_METRICS if spec.kind is not Kind.TALLIED}
-    tallied = {spec.name: TalliedHistogram(spec) for spec in ROUTER_METRICS if spec.kind is Kind.TALLIED}
+    plain = {spec.name: _family(spec) for spec in ROUTER_METRICS if spec.kind is not Kind.HISTOGRAM}
+    tallied = {spec.name: TalliedHistogram(spec) for spec in ROUTER_METRICS if spec.kind is Kind.HISTOGRAM}
     for router, stats in routers.items():
         for mode, count in stats.decisions.items():
             plain["route_decisions_total"].add_metric((router, mode), count)
@@ -318,11 +314,9 @@ class Metrics:
         self.registry.register(self.workers)
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
-        self._histograms: dict[str, Histogram] = {}
-        self._tallied: dict[str, TalliedHistogram] = {}
+        self._histograms: dict[str, TalliedHistogram] = {}
         self._counter_children: dict[tuple[str, ...], Counter] = {}
         self._gauge_children: dict[tuple[str, ...], Gauge] = {}
-        self._histogram_children: dict[tuple[str, ...], Histogram] = {}
         for spec in FRONTEND_METRICS:
             self._declare(spec)
 
@@ -334,12 +328,8 @@ class Metrics:
             case Kind.GAUGE:
                 self._gauges[spec.name] = Gauge(name, spec.help, spec.labels, registry=self.registry)
             case Kind.HISTOGRAM:
-                self._histograms[spec.name] = Histogram(
-                    name, spec.help, spec.labels, registry=self.registry, buckets=spec.buckets
-                )
-            case Kind.TALLIED:
-                tallied = self._tallied[spec.name] = TalliedHistogram(spec)
-                self.registry.register(tallied)
+                histogram = self._histograms[spec.name] = TalliedHistogram(spec)
+                self.registry.register(histogram)
 
     def counter(self, name: str, *labels: str) -> Counter:
         """labels: values in the order of the table. Raises KeyError for a name that the table lacks."""
@@ -356,15 +346,8 @@ class Metrics:
             child = self._gauge_children[name, *labels] = family.labels(*labels) if labels else family
         return child
 
-    def histogram(self, name: str, *labels: str) -> Histogram:
-        child = self._histogram_children.get((name, *labels))
-        if child is None:
-            family = self._histograms[name]
-            child = self._histogram_children[name, *labels] = family.labels(*labels) if labels else family
-        return child
-
-    def tallied(self, name: str) -> TalliedHistogram:
-        return self._tallied[name]
+    def histogram(self, name: str, *labels: str) -> Tally:
+        return self._histograms[name].of(labels)
 
     def render(self) -> bytes:
         """The exposition text, of content type CONTENT_TYPE."""

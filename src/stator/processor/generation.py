@@ -9,6 +9,7 @@ Ways out, each taken once and each releasing booking and engine stream: the engi
 failure that ends the request, or the client's call was cancelled (its deadline included).
 """
 
+import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from stator.messages.routing import RouteObservation
 from stator.messages.tokens import TokenBuffer, num_tokens, pack
 from stator.processor.feedback import RouteFeedback
 from stator.processor.output import OutputText
+from stator.runtime.context import CallContext
 from stator.transport.base import Call, StreamHandle, Target, TransportClient
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ RouterTarget = Target | Callable[[], Target]
 _ENDINGS = {FinishReason.STOP: Ending.STOP, FinishReason.LENGTH: Ending.LENGTH}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerationRequest:
     """model: the name the router knows. stop_ids: ids that end the output (eos unless ignored, and stop_token_ids)."""
 
@@ -53,6 +55,11 @@ class GenerationRequest:
     stop_ids: Collection[int]
     priority: int = 0
     cache_salt: str | None = None
+
+
+@functools.lru_cache(maxsize=4096)
+def _generate_target(addresses: tuple[str, ...], instance_id: InstanceId) -> Target:
+    return Target(addresses, "generate", instance_id)
 
 
 class Generation:
@@ -71,6 +78,9 @@ class Generation:
         on_done: Callable[["Generation"], None],
     ) -> None:
         self._call = call
+        context = call.context
+        # The end of the call at its deadline cancels what is opened here.
+        self._context = CallContext(context.request_id, context.deadline, context.headers, watched=True)
         self._request = request
         self._output = output
         self._client = client
@@ -129,7 +139,7 @@ class Generation:
             return
         attempt.router = target
         attempt.booking = self._client.open(
-            target, route, _RouteSink(attempt), context=self._call.context, item_type=RouteDecision
+            target, route, _RouteSink(attempt), context=self._context, item_type=RouteDecision
         )
 
     def on_decision(self, attempt: "_Attempt", decision: RouteDecision) -> None:
@@ -144,9 +154,9 @@ class Generation:
             priority=request.priority,
             cache_salt=request.cache_salt,
         )
-        target = Target(decision.addresses, "generate", decision.instance_id)
+        target = _generate_target(decision.addresses, decision.instance_id)
         attempt.stream = self._client.open(
-            target, engine_request, _TokenSink(attempt), context=self._call.context, item_type=TokenDelta
+            target, engine_request, _TokenSink(attempt), context=self._context, item_type=TokenDelta
         )
 
     def on_router_failure(self, attempt: "_Attempt", error: StatorError) -> None:

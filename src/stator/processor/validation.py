@@ -4,6 +4,7 @@ Types are checked when the body is decoded (messages.openai); here are the check
 vocabulary or its context. Every refusal names the field in `param`.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +111,22 @@ def _advice(name: str) -> str:
     return f"leave it out or set it to {spelled}" if values else "leave it out"
 
 
+def _ranges_of(kind: type[Request]) -> tuple[Callable[[Request], tuple[Any, ...]], tuple[str, ...]]:
+    """The values that have ranges, read in one call."""
+    names = tuple(name for name in _RANGES if name in kind.__struct_fields__)
+    return operator.attrgetter(*names), names
+
+
+_RANGES_OF = {kind: _ranges_of(kind) for kind in (ChatCompletionRequest, CompletionRequest)}
+
+
 def check_ranges(request: Request) -> None:
-    for name, (accepts, expected) in _RANGES.items():
-        value = getattr(request, name, None)
-        if value is not None and not accepts(value):
+    values, names = _RANGES_OF[type(request)]
+    for name, value in zip(names, values(request), strict=True):
+        if value is None:
+            continue
+        accepts, expected = _RANGES[name]
+        if not accepts(value):
             raise _invalid(name, f"{name} must be {expected}, not {value}")
     if request.cache_salt == "":
         raise _invalid("cache_salt", "cache_salt must not be empty; leave it out to share the prefix cache")

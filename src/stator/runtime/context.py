@@ -16,11 +16,13 @@ class CallContext:
     """deadline: on the loop's clock, None for none. On the wire it travels as milliseconds left.
 
     headers: small string pairs carried along unread (trace context).
+    watched: whoever opens calls with this context cancels them at the deadline, so that none needs a timer of its own.
     """
 
     request_id: RequestId
     deadline: float | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])
+    watched: bool = False
 
     def seconds_left(self, now: float) -> float | None:
         return None if self.deadline is None else self.deadline - now

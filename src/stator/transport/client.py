@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from stator.errors import ErrorCode, StatorError
-from stator.runtime.context import CallContext, loop_time
+from stator.runtime.context import CallContext
 from stator.transport.addresses import Address, InProcessAddress, parse_address
 from stator.transport.base import Sink, StreamHandle, Target
 from stator.transport.client_stream import ClientStream
@@ -38,14 +38,18 @@ class RequestPlaneClient:
         self._parsed: dict[str, Address] = {}
         self._streams: set[ClientStream] = set()
         self._pool = ConnectionPool(identity, self._settings)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     def open(
         self, target: Target, request: Any, sink: Sink, *, context: CallContext, item_type: Any = Any
     ) -> StreamHandle:
-        settings = self._settings
-        stream = ClientStream(target.endpoint, sink, context, item_type, settings.window(target.lane), self._streams)
-        if context.deadline is not None and context.deadline <= loop_time():
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        window = self._settings.window(target.lane)
+        stream = ClientStream(target.endpoint, sink, context, item_type, window, self._streams, loop)
+        if context.deadline is not None and context.deadline <= loop.time():
             stream.break_soon(deadline_passed(target.endpoint))
         elif self._closed:
             stream.break_soon(StatorError(ErrorCode.CANCELLED, "this client was closed"))
@@ -76,10 +80,10 @@ class RequestPlaneClient:
 
     def _route(self, stream: ClientStream, target: Target, request: Any) -> None:
         """Raises StatorError for a target that cannot be reached."""
-        addresses = [self._parse(text) for text in target.addresses]
         sockets: list[SocketAddress] = []
         refusal: StatorError | None = None
-        for address in addresses:
+        for text in target.addresses:
+            address = self._parsed.get(text) or self._parse(text)
             if not isinstance(address, InProcessAddress):
                 sockets.append(address)
                 continue
@@ -106,13 +110,11 @@ class RequestPlaneClient:
         return None
 
     def _parse(self, text: str) -> Address:
-        address = self._parsed.get(text)
-        if address is None:
-            try:
-                address = parse_address(text)
-            except ValueError as error:
-                raise StatorError(ErrorCode.PROTOCOL, str(error)) from error
-            if len(self._parsed) >= MAX_PARSED_ADDRESSES:
-                self._parsed.clear()
-            self._parsed[text] = address
+        try:
+            address = parse_address(text)
+        except ValueError as error:
+            raise StatorError(ErrorCode.PROTOCOL, str(error)) from error
+        if len(self._parsed) >= MAX_PARSED_ADDRESSES:
+            self._parsed.clear()
+        self._parsed[text] = address
         return address

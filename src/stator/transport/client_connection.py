@@ -10,7 +10,6 @@ import msgspec
 
 from stator.errors import ErrorCode, StatorError
 from stator.messages.control import Cancel, Challenge, Credit, Data, Frame, GoAway, Open, Proof, Welcome
-from stator.runtime.context import loop_time
 from stator.transport import handshake
 from stator.transport.base import Lane, Target
 from stator.transport.client_stream import ClientStream
@@ -164,7 +163,7 @@ class ClientConnection(Connection):
         except TypeError as error:
             raise StatorError(ErrorCode.INTERNAL, f"the item type of {target.endpoint} is unusable: {error}") from error
         encoded = encode_request(target.endpoint, request, self.limit)
-        left = stream.context.seconds_left(loop_time())
+        left = stream.context.seconds_left(self._loop.time())
         if left is not None and left <= 0:
             raise deadline_passed(target.endpoint)
         self._next_stream_id += 1

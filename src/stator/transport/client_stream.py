@@ -62,8 +62,9 @@ class ClientStream:
         item_type: Any,
         window: int,
         book: "set[ClientStream]",
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
-        """book: where the stream is listed until its end is at, or on its way to, the sink."""
+        """book: where the stream is listed until its end is at, or on its way to, the sink. loop: the running one."""
         self.endpoint = endpoint
         self.context = context
         self.item_type = item_type
@@ -79,8 +80,10 @@ class ClientStream:
         self._held: list[Any] = []
         self._held_end: tuple[StatorError | None] | None = None
         self._closed = False
-        self.loop = asyncio.get_running_loop()
-        self._timer = None if context.deadline is None else self.loop.call_at(context.deadline, self._deadline)
+        self.loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        if context.deadline is not None and not context.watched:
+            self._timer = loop.call_at(context.deadline, self._deadline)
 
     # The caller's side.
 

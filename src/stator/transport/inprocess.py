@@ -73,21 +73,26 @@ class InProcessCarrier:
         limit = self._settings.frame_limit(target.lane)
         encoded = encode_request(target.endpoint, request, limit)
         endpoint = self._dispatcher.find(target.endpoint, target.instance_id)
-        try:
-            converted = msgspec.convert(request, endpoint.request_type)
-        except msgspec.ValidationError:
-            converted = self._dispatcher.decode_request(endpoint, encoded)
+        if type(request) is not endpoint.request_type:
+            request = self._converted(endpoint, request, encoded)
         call = ServerCall(
             pair,
             pair.stream.stream_id,
             target.endpoint,
-            converted,
+            request,
             pair.stream.context,
             window=pair.stream.window,
             max_buffered=self._settings.max_buffered_items,
+            loop=self._loop,
             watch_deadline=False,
         )
         return endpoint, call
+
+    def _converted(self, endpoint: Endpoint, request: Any, encoded: bytes) -> Any:
+        try:
+            return msgspec.convert(request, endpoint.request_type)
+        except msgspec.ValidationError:
+            return self._dispatcher.decode_request(endpoint, encoded)
 
     def run(self, endpoint: Endpoint, call: ServerCall) -> None:
         self._dispatcher.run(endpoint, call)

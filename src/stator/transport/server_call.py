@@ -76,9 +76,11 @@ class ServerCall:
         *,
         window: int,
         max_buffered: int,
+        loop: asyncio.AbstractEventLoop,
         watch_deadline: bool = True,
     ) -> None:
-        """watch_deadline: False where the caller's end of the stream is in this process and watches it."""
+        """loop: the running one. watch_deadline: False where the caller's end of the stream is in this process and
+        watches it."""
         self.request = request
         self.context = context
         self.endpoint = endpoint
@@ -94,7 +96,7 @@ class ServerCall:
         self._gone = False
         self._on_cancel: Callable[[], None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
         if context.deadline is not None and watch_deadline:
             self._timer = self._loop.call_at(context.deadline, self._deadline)

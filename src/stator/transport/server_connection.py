@@ -183,6 +183,7 @@ class ServerConnection(Connection):
             context,
             window=frame.window,
             max_buffered=self.settings.max_buffered_items,
+            loop=self._loop,
         )
         self._calls[stream_id] = call
         self._dispatcher.run(endpoint, call)

@@ -128,7 +128,9 @@ class PausedHandle:
 def test_buffer_pauses_once_and_resumes_when_empty():
     async def run() -> None:
         handle = PausedHandle()
-        stream = DeltaStream(2, Metrics().tallied("inter_token_latency_seconds").tally())
+        stream = DeltaStream(
+            2, Metrics().histogram("inter_token_latency_seconds", "m", "chat"), asyncio.get_running_loop()
+        )
         stream.attach(handle)
         for _ in range(4):
             stream.items([CompletionDelta("a")])

@@ -1,3 +1,4 @@
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from stator.ids import InstanceId
@@ -57,14 +58,14 @@ def test_children_are_cached():
     )
 
 
-def test_tallied_histogram_adds_up_streams():
+def test_a_histogram_counts_many_at_once():
     metrics = Metrics()
-    latency = metrics.tallied("inter_token_latency_seconds")
+    latency = metrics.histogram("inter_token_latency_seconds", "m", "chat")
     for _ in range(2):
-        tally = latency.tally()
-        tally.observe(0.01, 3)
-        tally.observe(99.0, 1)
-        latency.add(("m", "chat"), tally)
+        latency.observe(0.01, 3)
+        latency.observe(99.0)
+    with pytest.raises(ValueError, match="labels"):
+        metrics.histogram("inter_token_latency_seconds", "m")
     name = "stator_inter_token_latency_seconds"
     assert sample(metrics, f"{name}_bucket", le="0.005") == 0
     assert sample(metrics, f"{name}_bucket", le="0.01") == 6

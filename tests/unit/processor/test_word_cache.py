@@ -13,7 +13,12 @@ from stator.processor.word_cache import WordCache
 
 from . import tokenizers_for_tests as fixtures
 
-LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3 = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ]
+)
 QWEN_2 = LLAMA_3.replace("{1,3}", "")
 SPECIAL = ["<s>", "<s>x", "</s>", "<|im_start|>", "<|im_end|>"]
 

@@ -108,7 +108,7 @@ def test_a_client_survives_mutated_frames_and_ends_each_stream_once(data: bytes)
         connection, transport = ready_client()
         sinks = [Recorder() for _ in range(3)]
         for sink in sinks:
-            stream = ClientStream("echo", sink, context(), int, 256, set())
+            stream = ClientStream("echo", sink, context(), int, 256, set(), asyncio.get_running_loop())
             connection.open(stream, Target(("memory",), "echo"), 1)
         await check_fate(connection, transport, data, False)
         for sink in sinks:
