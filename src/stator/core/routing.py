@@ -65,7 +65,7 @@ class Overlap(NamedTuple):
     trust: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Overlaps:
     """held, most: blocks by the workers' events, and with those that are being computed."""
 
@@ -117,7 +117,7 @@ class _Row(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     """cost_ms: the winner's, as predicted; other modes than `kv` do not decide by it. num_candidates: how many there
     were. rows: the MAX_EXPLAINED cheapest, the winner among them; `candidates` says what they cost."""

@@ -87,6 +87,7 @@ class DeltaStream:
         if not self._ended:
             self._ended = True
             self._error = error
+            self._handle = None
             self._wake()
 
     def client_gone(self) -> None:
@@ -97,16 +98,18 @@ class DeltaStream:
 
     def fail(self, error: StatorError) -> None:
         """End the stream from this side; the client gets what waits, then the error."""
+        handle = self._handle
         self.end(error)
-        if self._handle is not None:
-            self._handle.cancel()
+        if handle is not None:
+            handle.cancel()
 
     def close(self) -> None:
         """Cancel the call unless it has ended. Idempotent."""
         if not self._ended:
             self._ended = True
-            if self._handle is not None:
-                self._handle.cancel()
+            handle, self._handle = self._handle, None
+            if handle is not None:
+                handle.cancel()
 
     @property
     def complete(self) -> bool:

@@ -49,12 +49,16 @@ class ServiceClient:
         self._instances = instances
         self._colocated = colocated
         self._turn = 0
+        self._local_targets: dict[str, Target] = {}
 
     def targets(self, endpoint: str) -> list[Target]:
         """Every instance that can be called now; empty if there is none."""
         if (local := self._colocated()) is not None:
-            instance_id, addresses = local
-            return [Target(addresses, endpoint, instance_id)]
+            target = self._local_targets.get(endpoint)
+            if target is None or (target.instance_id, target.addresses) != local:
+                instance_id, addresses = local
+                target = self._local_targets[endpoint] = Target(addresses, endpoint, instance_id)
+            return [target]
         return [
             Target(info.addresses, endpoint, info.instance_id)
             for info in self._instances.instances(role=self.role)

@@ -269,8 +269,9 @@ class Generation:
 
     def _release(self) -> None:
         self._over = True
-        if self._attempt is not None:
-            self._attempt.close()
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.close()
         self._on_done(self)
 
 
@@ -294,10 +295,13 @@ class _Attempt:
             return
         self.closed = True
         self.generation.on_attempt_closed(self)
-        if self.stream is not None:
-            self.stream.cancel()
-        if self.booking is not None:
-            self.booking.cancel()
+        # The streams know their sinks, which know this: let go, or all of it is the garbage collector's.
+        stream, self.stream = self.stream, None
+        booking, self.booking = self.booking, None
+        if stream is not None:
+            stream.cancel()
+        if booking is not None:
+            booking.cancel()
 
 
 class _RouteSink:

@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import msgspec
-
 from stator.core.routing import Choice
 from stator.ids import RequestId
 from stator.messages.processor import RouteRequest
@@ -16,7 +14,7 @@ MAX_DECISIONS = 4096
 
 @dataclass(slots=True)
 class Decided:
-    """A decision and what came of it. request: without its block hashes, which are large.
+    """A decision and what came of it.
 
     basis: what the predicted overlap rested on; "" if nothing was predicted.
     """
@@ -24,7 +22,9 @@ class Decided:
     booking: int
     request_id: RequestId
     time: float
-    request: RouteRequest
+    model: str
+    num_prompt_tokens: int
+    in_session: bool
     choice: Choice
     num_prompt_blocks: int
     block_size: int
@@ -35,19 +35,19 @@ class Decided:
     failed: bool = False
 
     def record(self) -> DecisionRecord:
-        request, choice = self.request, self.choice
+        choice = self.choice
         return DecisionRecord(
             request_id=self.request_id,
             time=self.time,
-            model=request.model,
+            model=self.model,
             mode=choice.mode.value,
             winner=choice.winner,
-            num_prompt_tokens=request.num_prompt_tokens,
+            num_prompt_tokens=self.num_prompt_tokens,
             num_prompt_blocks=self.num_prompt_blocks,
             num_candidates=choice.num_candidates,
             candidates=choice.candidates(),
             expected_output_tokens=choice.expected_output_tokens,
-            session=request.session_id is not None,
+            session=self.in_session,
             cached_tokens=self.cached_tokens,
             overlap_difference=self.overlap_difference,
             output_tokens=self.output_tokens,
@@ -74,7 +74,9 @@ class DecisionLog:
             booking=choice.booking,
             request_id=request_id,
             time=time,
-            request=msgspec.structs.replace(request, block_hashes=[]),
+            model=request.model,
+            num_prompt_tokens=request.num_prompt_tokens,
+            in_session=request.session_id is not None,
             choice=choice,
             num_prompt_blocks=len(request.block_hashes),
             block_size=block_size,

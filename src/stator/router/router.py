@@ -4,6 +4,7 @@ The decision is `core.routing`'s. This shell feeds it: instances from the direct
 index, their load from their reports, and what became of its decisions from the Processors (`observe`).
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -25,7 +26,6 @@ from stator.router.counters import RouterCounters
 from stator.router.decisions import DecisionLog
 from stator.router.index import KvIndex
 from stator.router.step_time import SpeedFactor, StepTimes, shipped_step_times
-from stator.runtime.context import loop_time
 from stator.runtime.directory import DirectoryChange, InstanceDirectory
 from stator.transport.base import Call, TransportClient
 
@@ -65,6 +65,7 @@ class Router:
         clocks: Clocks = time,
     ) -> None:
         self._core = RoutingCore(mode, rng)
+        self._now = asyncio.get_running_loop().time
         self._directory = directory
         self._min_workers = min_workers
         self._step_times = step_times or shipped_step_times()
@@ -96,7 +97,7 @@ class Router:
         if choice is None:
             call.end(self._no_instance(request.model, 0))
             return
-        call.on_cancel(lambda: self._core.release(choice.booking, loop_time() * 1e3))
+        call.on_cancel(lambda: self._core.release(choice.booking, self._now() * 1e3))
         if call.cancelled:
             return
         info = infos[choice.winner]
@@ -109,7 +110,7 @@ class Router:
     def observe(self, call: Call) -> None:
         """Endpoint `observe`: RouteObservations in, nothing out."""
         request: RouteObservations = call.request
-        now = loop_time() * 1e3
+        now = self._now() * 1e3
         for observation in request.observations:
             self._observe(observation, now)
         call.end()
@@ -140,7 +141,7 @@ class Router:
     # Decisions
 
     def _choose(self, request: RouteRequest, candidates: list[Candidate]) -> Choice | None:
-        now, index = loop_time() * 1e3, self.index
+        now, index = self._now() * 1e3, self.index
         if index is None:
             return self._core.choose(request, candidates, now)
         held = index.overlaps(request.block_hashes)
@@ -181,7 +182,7 @@ class Router:
                 self._compare(decided.choice, decided.basis, difference, now)
         if observation.num_output_tokens is not None:
             decided.output_tokens = observation.num_output_tokens
-            self._core.finished(decided.request.model, observation.num_output_tokens)
+            self._core.finished(decided.model, observation.num_output_tokens)
 
     def _compare(self, choice: Choice, basis: str, difference: int, now: float) -> None:
         self._counters.predicted(outcome_of(difference).value, basis, difference)
@@ -249,7 +250,7 @@ class Router:
                 factor.forget(instance.instance_id)
 
     def take_report(self, instance: InstanceInfo, report: WorkerReport) -> None:
-        now = loop_time() * 1e3
+        now = self._now() * 1e3
         self._core.load(instance.instance_id).report(report.load, report.prefills, now)
         engine = instance.engine or _UNKNOWN_ENGINE
         if self._step_times.of(engine) is None and self._factor(engine).report(instance.instance_id, report.load, now):

@@ -165,6 +165,8 @@ class _Pair:
         self._carrier.queue(self)
 
     def forget(self, call: ServerCall, /) -> None:
+        # Two that know each other would be the garbage collector's.
+        self._call = None
         self._carrier.discard(self)
 
     def release(self, stream: ClientStream) -> None:
