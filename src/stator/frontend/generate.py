@@ -83,6 +83,7 @@ class Generation:
         self._wall = wall
         self._turn = rng.getrandbits(16)
         self._streams: set[DeltaStream] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._num_open: dict[str, int] = {}
         self._none_open = asyncio.Event()
         self._none_open.set()
@@ -106,8 +107,10 @@ class Generation:
             stream.fail(StatorError(ErrorCode.DRAINING, "The server stopped before this answer was complete."))
 
     async def handle(self, http: HttpExchange, endpoint: str) -> None:
-        # Asking for the running loop is a system call on CPython 3.11: once per request.
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            # Asking for the running loop is a system call on CPython 3.11.
+            loop = self._loop = asyncio.get_running_loop()
         record = _Record(endpoint, loop.time())
         self._enter(endpoint)
         try:

@@ -112,16 +112,19 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
 
 
 @cache
-def _unsupported(kind: type[RequestFields]) -> tuple[tuple[str, ...], Callable[[RequestFields], tuple[Any, ...]]]:
-    """The fields to look at, and all their values in one call."""
+def _unsupported(
+    kind: type[RequestFields],
+) -> tuple[tuple[str, ...], Callable[[RequestFields], tuple[Any, ...]], tuple[None, ...]]:
+    """The fields to look at, all their values in one call, and the values of a request that has none of them."""
     names = tuple(name for name in kind.__struct_fields__ if name in UNSUPPORTED_UNLESS)
-    return names, operator.attrgetter(*names)
+    return names, operator.attrgetter(*names), (None,) * len(names)
 
 
 def unsupported_field(request: RequestFields) -> str | None:
     """The first field that asks for what is not supported yet, in the order of the schema; None if there is none."""
-    names, values = _unsupported(type(request))
-    for name, value in zip(names, values(request), strict=True):
+    names, read, absent = _unsupported(type(request))
+    values = read(request)
+    for name, value in zip(names, values, strict=True) if values != absent else ():
         # `0 == False` in Python, and completions' `logprobs: 0` asks for the chosen token's probability.
         if value is not None and not any(
             type(value) is type(each) and value == each for each in UNSUPPORTED_UNLESS[name]

@@ -110,4 +110,6 @@ def _word_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
 def _in_ascii(pattern: str) -> str:
     for classes, ascii_only in ((r"\p{L}\p{N}]", "A-Za-z0-9]"), (r"\p{L}", "[A-Za-z]"), (r"\p{N}", "[0-9]")):
         pattern = pattern.replace(classes, ascii_only)
-    return pattern
+    # Nearly all words. What begins with a letter, or a space and a letter, is the same word to each known expression;
+    # said first, the others need not be tried.
+    return f" ?[A-Za-z]+|{pattern}"
