@@ -16,7 +16,8 @@ MAX_TEXT_CHARS = 8192
 """The look-up holds the interpreter lock, which the library does not: about 0.2 ms for that many."""
 
 MAX_LEARNED = 16
-"""New words of one text that are encoded a second time, alone, to be known next time."""
+FEW = 2
+"""New words of one text that are encoded alone, to be known next time: all, if they are at most MAX_LEARNED."""
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
@@ -83,7 +84,9 @@ class WordCache:
     def _learn(self, words: Sequence[str]) -> bytes | None:
         known = self._known
         new = {word for word in words if word not in known}
-        learned = [word for word in new if len(word) <= MAX_WORD_CHARS][:MAX_LEARNED]
+        # The library encodes a text with more new words as a whole; only a few of them are worth encoding twice.
+        most = MAX_LEARNED if len(new) <= MAX_LEARNED else FEW
+        learned = [word for word in new if len(word) <= MAX_WORD_CHARS][:most]
         if len(known) + len(learned) > MAX_WORDS:
             # Begun anew, in another dictionary: other threads may be reading this one.
             self._known = dict(self._added)
