@@ -58,13 +58,14 @@ $(VENV)/.core $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: requirements/%.txt pyproje
 	@$(BIN)/python $(PIP) --no-deps -e .
 	@touch $@ $(if $(filter %.core,$@),,$(VENV)/.core) $(if $(filter %.dev,$@),$(VENV)/.test)
 
-# A wheel that pip is told about otherwise (PIP_FIND_LINKS) is taken first, then PyTorch's own index for CPUs.
+# A wheel that pip is told about otherwise (PIP_FIND_LINKS) is taken first, then TORCH_INDEX: give it the address of
+# PyTorch's own index of CPU builds, or pip takes the build with CUDA, which is several GB larger and works as well.
 $(ORACLE)/.installed: requirements/oracle.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
 	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE) || { rm -rf $(ORACLE); echo "$(NO_VENV)"; exit 1; }
 	@echo "installing Stator, torch and transformers into $(ORACLE)"
 	@$(ORACLE)/bin/python $(PIP) --no-index --no-deps torch==2.13.0 2>/dev/null \
-		|| $(ORACLE)/bin/python $(PIP) torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+		|| $(ORACLE)/bin/python $(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@$(ORACLE)/bin/python $(PIP) torch==2.13.0
 	@$(ORACLE)/bin/python $(PIP) --require-hashes -r $<
 	@$(ORACLE)/bin/python $(PIP) --no-deps -e .
