@@ -3,6 +3,7 @@ import shutil
 import subprocess
 
 import pytest
+from processes import STARTED
 
 
 def namespaces_work() -> bool:
@@ -23,3 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = "needs root and network namespaces (`ip netns`); run as root, or see the CI run"
     for item in marked:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish() -> None:
+    for command in STARTED:
+        if command.process.poll() is None:
+            command.kill_tree()

@@ -16,6 +16,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = REPOSITORY / "examples" / "llm"
 
 
+STARTED: list["Serve"] = []
+"""Every command of this test run: what a failing set-up left running is killed at the end (conftest.py)."""
+
+
 class Serve:
     """One `stator` command, its output and its process tree."""
 
@@ -46,6 +50,7 @@ class Serve:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        STARTED.append(self)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
