@@ -4,17 +4,20 @@ Decode workers that cost almost nothing answer over TCP from a process of their 
 and a hub runs here. Reported is what the operating system says the frontend process used, user and system time, per
 request and per streamed token; wall time only where latency is the subject.
 
-    python benchmarks/hot_path.py [--quick] [--repeat N] [--only request,flat,dense,paced,memory,first] [--json FILE]
+    python benchmarks/hot_path.py [--quick] [--repeat N] [--only request,flat,...] [--json FILE]
 
-Loads: `request` (chat, 128 tokens in, 1 out, 64 at once), `flat` (streams of 128, 64 at once, workers step as fast as
-they are read), `dense` (the same, but a step each millisecond), `paced` (128 streams of 512, a step each 10 ms per
-worker, workers out of phase), `memory` (a fresh process: idle, then 1,000 open streams), `first` (time to first token
-with a worker that answers at once, which is what Stator adds).
+Loads: `request` (chat, 128 tokens in, 1 out, 64 at once; natural text that never repeats), `words` (the same, but
+prompts are 32 words in random order), `flat` (streams of 128, 64 at once, workers step as fast as they are read),
+`dense` (the same, but a step each millisecond), `paced` (128 streams of 512, a step each 10 ms per worker, workers
+out of phase), `memory` (a fresh process: idle, then 1,000 open streams), `first` (time to first token with a worker
+that answers at once, which is what Stator adds).
 """
 
 import argparse
 import asyncio
+import bisect
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -26,10 +29,12 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
 import uvloop
+from hot_path_processes.prompts import PROMPTS
 
 from stator.config.models import resolve_model
 from stator.config.schema import ServiceArgs
@@ -50,41 +55,6 @@ NAMESPACE = "benchmark"
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 128
 
-WORDS = [
-    "the",
-    "red",
-    "blue",
-    "quick",
-    "old",
-    "stone",
-    "river",
-    "table",
-    "light",
-    "wind",
-    "holds",
-    "every",
-    "small",
-    "garden",
-    "letter",
-    "green",
-    "winter",
-    "music",
-    "under",
-    "bridge",
-    "open",
-    "window",
-    "silver",
-    "paper",
-    "morning",
-    "against",
-    "market",
-    "nothing",
-    "question",
-    "forest",
-    "between",
-    "seven",
-]
-
 
 def cpu_s(pid: int) -> float:
     """User and system time of all threads of a process, in nanosecond steps (CPUCLOCK_SCHED of another process)."""
@@ -103,23 +73,20 @@ def spin_ms() -> float:
     return best * 1e3
 
 
-def prompt_words() -> int:
-    """How many random words make PROMPT_TOKENS with the model's template and tokenizer, on average."""
-    from random import Random
-
+def prompt_length(kind: str) -> int:
+    """Of prompts of that kind that make PROMPT_TOKENS with the model's template and tokenizer, on average."""
     directory = resolve_model(MODEL)
     tokenizer = ModelTokenizer.load(directory)
     assert tokenizer.chat_template is not None
     source, origin = tokenizer.chat_template
     template = ChatTemplate(source, origin=origin, special_tokens=tokenizer.special_tokens)
-    rng = Random(1)
 
-    def tokens(num_words: int) -> float:
-        texts = [" ".join(rng.choices(WORDS, k=num_words)) for _ in range(50)]
+    def tokens(length: int) -> float:
+        texts = itertools.islice(PROMPTS[kind](Random(1), length), 50)
         encoded = (tokenizer.encode(template.render([ChatMessage("user", t)]), add_special_tokens=False) for t in texts)
         return statistics.mean(len(each) // 4 for each in encoded)
 
-    return min(range(10, 129), key=lambda n: abs(tokens(n) - PROMPT_TOKENS))
+    return bisect.bisect_left(range(1024), PROMPT_TOKENS, lo=10, key=tokens)
 
 
 def free_port() -> int:
@@ -131,22 +98,27 @@ def free_port() -> int:
 class Deployment:
     """hub here; frontend, workers and client in processes of their own."""
 
-    def __init__(self, pid: int, port: int, workers: Process, client: Process, words: int, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, pid: int, port: int, workers: Process, client: Process, options: argparse.Namespace) -> None:
+        self.seconds: float = options.seconds
         self.pid = pid
         self._port = port
         self._workers = workers
         self._client = client
-        self._words = words
+        self._prompts = {kind: prompt_length(kind) for kind in PROMPTS}
+        self._kind: str = options.prompts
         self._seed = 0
 
     async def period_ms(self, value: float) -> None:
         await _ask(self._workers, {"period_ms": value})
 
-    async def load(self, *, held: Callable[[], Any] | None = None, **job: Any) -> dict[str, Any]:
+    async def load(
+        self, *, held: Callable[[], Any] | None = None, prompts: str | None = None, **job: Any
+    ) -> dict[str, Any]:
         """Run a job of the client. The result has the frontend's CPU seconds in `cpu_s`."""
         self._seed += 1
-        job |= {"port": self._port, "model": NAME, "words": WORDS, "prompt_words": self._words, "seed": self._seed}
+        kind = prompts or self._kind
+        job |= {"prompts": kind, "prompt_length": self._prompts[kind]}
+        job |= {"port": self._port, "model": NAME, "seed": self._seed}
         foreign = _busy_s() - cpu_s(self.pid)
         spin = spin_ms()
         split = psutil.Process(self.pid).cpu_times()
@@ -255,7 +227,7 @@ async def _start_frontend(
 
 
 @contextlib.asynccontextmanager
-async def deployed(options: argparse.Namespace, words: int) -> AsyncIterator[Deployment]:
+async def deployed(options: argparse.Namespace) -> AsyncIterator[Deployment]:
     token = secrets.token_hex(16)
     server = RequestPlaneServer(Identity(NAMESPACE, InstanceId("hub"), "hub", token), Listen())
     hub = Hub(server)
@@ -291,7 +263,7 @@ async def deployed(options: argparse.Namespace, words: int) -> AsyncIterator[Dep
         os.sched_setaffinity(client.pid, others)
         core = cores[0] if pinned else None
         child = await _start_frontend(options, (host, int(hub_port)), token, port, core)
-        yield Deployment(child.pid, port, workers, client, words, options.seconds)
+        yield Deployment(child.pid, port, workers, client, options)
     finally:
         if child is not None:
             child.kill()
@@ -305,10 +277,15 @@ async def deployed(options: argparse.Namespace, words: int) -> AsyncIterator[Dep
         await server.close()
 
 
-async def measure_request(it: Deployment, quick: bool) -> dict[str, float]:
+async def measure_request(it: Deployment, quick: bool, prompts: str | None = None) -> dict[str, float]:
     await it.period_ms(0)
-    seen = await it.load(stream=False, max_tokens=1, connections=64, seconds=0.3 if quick else it.seconds)
+    seconds = 0.3 if quick else it.seconds
+    seen = await it.load(stream=False, max_tokens=1, connections=64, seconds=seconds, prompts=prompts)
     return {"us_per_request": seen["cpu_s"] / seen["requests"] * 1e6, **_common(seen)}
+
+
+async def measure_words(it: Deployment, quick: bool) -> dict[str, float]:
+    return await measure_request(it, quick, "words")
 
 
 async def measure_flat(it: Deployment, quick: bool) -> dict[str, float]:
@@ -385,6 +362,7 @@ async def measure_memory(it: Deployment, quick: bool) -> dict[str, float]:
 
 LOADS: dict[str, Callable[[Deployment, bool], Any]] = {
     "request": measure_request,
+    "words": measure_words,
     "flat": measure_flat,
     "dense": measure_dense,
     "paced": measure_paced,
@@ -393,13 +371,12 @@ LOADS: dict[str, Callable[[Deployment, bool], Any]] = {
 
 
 async def bench(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    words = prompt_words()
     wanted = options.only.split(",") if options.only else [*LOADS, "memory"]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in wanted}
     loads = [name for name in LOADS if name in wanted]
     repeat = 1 if options.quick else options.repeat
     if loads:
-        async with deployed(options, words) as it:
+        async with deployed(options) as it:
             await it.period_ms(0)
             # Caches, lazy imports and the allocator settle first.
             await it.load(stream=True, max_tokens=8, connections=16, seconds=0.1 if options.quick else 1)
@@ -410,7 +387,7 @@ async def bench(options: argparse.Namespace) -> dict[str, list[dict[str, float]]
                     results[name].append(await LOADS[name](it, options.quick))
     if "memory" in wanted:
         for _ in range(min(repeat, 3)):
-            async with deployed(options, words) as it:
+            async with deployed(options) as it:
                 results["memory"].append(await measure_memory(it, options.quick))
     return results
 
@@ -436,6 +413,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a run; short ones find quiet moments")
     parser.add_argument("--only", default="", help="some of the loads, with commas")
     parser.add_argument("--router", default="kv", help="the router's mode")
+    parser.add_argument("--prompts", default="text", choices=PROMPTS, help="natural text, or a few words")
     parser.add_argument("--log-level", default="INFO", help="of the frontend; INFO writes a line for each request")
     parser.add_argument("--no-pin", dest="pin", action="store_false", help="leave processes on any core")
     parser.add_argument("--profile", action="store_true", help="print the frontend's process id, for a profiler")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 
 import uvloop
+from prompts import PROMPTS
 
 HOST = "127.0.0.1"
 NUM_PROMPTS = 4096
@@ -27,8 +28,8 @@ class Job:
 
     port: int
     model: str
-    words: list[str]
-    prompt_words: int
+    prompts: str
+    prompt_length: int
     stream: bool
     max_tokens: int
     connections: int
@@ -36,12 +37,11 @@ class Job:
     hold: bool = False
     seed: int = 0
 
-    def request(self, rng: Random) -> bytes:
-        """Each prompt is another one."""
+    def request(self, prompt: str) -> bytes:
         body = json.dumps(
             {
                 "model": self.model,
-                "messages": [{"role": "user", "content": " ".join(rng.choices(self.words, k=self.prompt_words))}],
+                "messages": [{"role": "user", "content": prompt}],
                 "stream": self.stream,
                 "max_tokens": self.max_tokens,
                 "ignore_eos": True,
@@ -129,9 +129,9 @@ async def run_job(job: Job) -> dict[str, float]:
     loop = asyncio.get_running_loop()
     seen = Seen()
     made: list[Connection] = []
-    rng = Random(job.seed)
     # Made before the clock starts; more than the frontend's or a worker's cache of prompts holds.
-    requests = itertools.cycle([job.request(rng) for _ in range(max(NUM_PROMPTS, job.connections))])
+    prompts = PROMPTS[job.prompts](Random(job.seed), job.prompt_length)
+    requests = itertools.cycle([job.request(next(prompts)) for _ in range(max(NUM_PROMPTS, job.connections))])
     started = time.perf_counter()
     stop_at = started + job.seconds
     for _ in range(job.connections):
