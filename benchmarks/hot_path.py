@@ -98,7 +98,15 @@ def free_port() -> int:
 class Deployment:
     """hub here; frontend, workers and client in processes of their own."""
 
-    def __init__(self, pid: int, port: int, workers: Process, client: Process, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        pid: int,
+        port: int,
+        workers: Process | None,
+        client: Process,
+        options: argparse.Namespace,
+        fields: dict[str, Any],
+    ) -> None:
         self.seconds: float = options.seconds
         self.pid = pid
         self._port = port
@@ -106,10 +114,12 @@ class Deployment:
         self._client = client
         self._prompts = {kind: prompt_length(kind) for kind in PROMPTS}
         self._kind: str = options.prompts
+        self._fields = fields
         self._seed = 0
 
     async def period_ms(self, value: float) -> None:
-        await _ask(self._workers, {"period_ms": value})
+        if self._workers is not None:
+            await ask(self._workers, {"period_ms": value})
 
     async def load(
         self, *, held: Callable[[], Any] | None = None, prompts: str | None = None, **job: Any
@@ -118,17 +128,17 @@ class Deployment:
         self._seed += 1
         kind = prompts or self._kind
         job |= {"prompts": kind, "prompt_length": self._prompts[kind]}
-        job |= {"port": self._port, "model": NAME, "seed": self._seed}
+        job |= {"port": self._port, "model": NAME, "seed": self._seed, "fields": self._fields}
         foreign = _busy_s() - cpu_s(self.pid)
         spin = spin_ms()
         split = psutil.Process(self.pid).cpu_times()
         before, started = cpu_s(self.pid), time.monotonic()
-        answer = await _ask(self._client, job | {"hold": held is not None})
+        answer = await ask(self._client, job | {"hold": held is not None})
         during = None
         if held is not None:
             assert answer == "open"
             during = held()
-            answer = await _read(self._client)
+            answer = await read(self._client)
         used, wall = cpu_s(self.pid) - before, time.monotonic() - started
         after = psutil.Process(self.pid).cpu_times()
         user, system = after.user - split.user, after.system - split.system
@@ -153,7 +163,7 @@ def _busy_s() -> float:
     return times.user + times.system + times.nice + times.irq + times.softirq
 
 
-async def _read(process: Process) -> Any:
+async def read(process: Process) -> Any:
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line:
@@ -162,10 +172,10 @@ async def _read(process: Process) -> Any:
     return json.loads(text) if text.startswith("{") else text
 
 
-async def _ask(process: Process, question: dict[str, Any]) -> Any:
+async def ask(process: Process, question: dict[str, Any]) -> Any:
     assert process.stdin is not None
     process.stdin.write(json.dumps(question).encode() + b"\n")
-    return await _read(process)
+    return await read(process)
 
 
 def _tree(values: dict[str, Any]) -> Node:
@@ -256,14 +266,14 @@ async def deployed(options: argparse.Namespace) -> AsyncIterator[Deployment]:
             env=environment,
         )
         os.sched_setaffinity(workers.pid, others)
-        await _read(workers)
+        await read(workers)
         client = await asyncio.create_subprocess_exec(
             sys.executable, str(HERE / "hot_path_processes" / "client.py"), stdin=PIPE, stdout=PIPE
         )
         os.sched_setaffinity(client.pid, others)
         core = cores[0] if pinned else None
         child = await _start_frontend(options, (host, int(hub_port)), token, port, core)
-        yield Deployment(child.pid, port, workers, client, options)
+        yield Deployment(child.pid, port, workers, client, options, {"ignore_eos": True})
     finally:
         if child is not None:
             child.kill()

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import uvloop
@@ -24,6 +24,7 @@ class Job:
     """connections send one request after the other until seconds have passed (0: each sends one).
 
     hold: with streams, only open them all, say "open" when each has its first token, and read them to their end.
+    fields: more of each request's body.
     """
 
     port: int
@@ -36,6 +37,7 @@ class Job:
     seconds: float
     hold: bool = False
     seed: int = 0
+    fields: dict[str, object] = field(default_factory=dict[str, object])
 
     def request(self, prompt: str) -> bytes:
         body = json.dumps(
@@ -44,7 +46,7 @@ class Job:
                 "messages": [{"role": "user", "content": prompt}],
                 "stream": self.stream,
                 "max_tokens": self.max_tokens,
-                "ignore_eos": True,
+                **self.fields,
             }
         ).encode()
         head = (
@@ -74,7 +76,8 @@ class Connection(asyncio.Protocol):
         self._seen = seen
         self._stop_at = stop_at
         self._requests = requests
-        self._closing = b"data: [DONE]\n\n\r\n0\r\n\r\n" if job.stream else b'"object":"chat.completion"}'
+        # The last chunk; or the end of a body with a length, which is far smaller than a segment.
+        self._closing = (b"\r\n0\r\n\r\n",) if job.stream else (b"}", b"\r\n0\r\n\r\n")
         self._tail = b""
         self._sent_at = self._last_at = 0.0
         self._started = False

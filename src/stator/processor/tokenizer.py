@@ -49,7 +49,7 @@ class ModelTokenizer:
         self.eos_ids = frozenset(eos_ids or self._ids_of(special_tokens.get("eos_token")))
         settings: dict[str, Any] = msgspec.json.decode(tokenizer.to_str())
         self._new_detokenizer = _detokenizer_factory(tokenizer, settings["decoder"], self.special_ids)
-        self._words = WordCache.of(settings, self._encode_words)
+        self._words = WordCache.of(settings, self._encode_word)
 
     @classmethod
     def load(cls, model_dir: Path) -> "ModelTokenizer":
@@ -88,9 +88,9 @@ class ModelTokenizer:
             ) from error
         return pack(array("I", encoding.ids))
 
-    def _encode_words(self, words: Sequence[str]) -> list[bytes]:
-        encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
-        return [pack(array("I", encoding.ids)) for encoding in encodings]
+    def _encode_word(self, word: str) -> bytes:
+        tokens = self._tokenizer.model.tokenize(word.translate(_CHAR_OF_ASCII))
+        return pack(array("I", [token.id for token in tokens]))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -154,6 +154,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 BYTE_OF_CHAR = _byte_level_alphabet()
+_CHAR_OF_ASCII = {byte: char for char, byte in BYTE_OF_CHAR.items() if byte < 128}
 
 
 def _byte_level_bytes(token: str | None) -> bytes:

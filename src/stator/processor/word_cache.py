@@ -1,9 +1,9 @@
 """Encoding by words that were seen before, for the tokenizers where a word's ids do not depend on what is around it.
 
 A byte-level BPE tokenizer cuts a text at its added tokens, the rest into words by a regular expression, and encodes
-each word for itself. The library does all of it anew for each prompt; here what a word became is looked up. Only for
-ASCII texts, where the usual expressions say the same in Python's `re`, and only for settings known to mean no more than
-this: everything else is the library's.
+each word for itself. The library does all of it anew for each prompt; here what a word became is looked up, and only a
+new word is given to the library's model. Only for ASCII texts, where the usual expressions say the same in Python's
+`re`, and only for settings known to mean no more than this: everything else is the library's.
 """
 
 import re
@@ -14,10 +14,6 @@ MAX_WORDS = 32_768
 MAX_WORD_CHARS = 32
 MAX_TEXT_CHARS = 8192
 """The look-up holds the interpreter lock, which the library does not: about 0.2 ms for that many."""
-
-MAX_LEARNED = 16
-FEW = 2
-"""New words of one text that are encoded alone, to be known next time: all, if they are at most MAX_LEARNED."""
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
@@ -30,21 +26,19 @@ _KNOWN = frozenset({_GPT2, _BY_DIGITS % "{1,3}", _BY_DIGITS % ""})
 
 
 class WordCache:
-    """encode: of the library, texts to packed ids, without special tokens added."""
+    """encode_word: one word, without special tokens in it, to its packed ids."""
 
-    def __init__(
-        self, pattern: str, added_tokens: dict[str, bytes], encode: Callable[[Sequence[str]], list[bytes]]
-    ) -> None:
+    def __init__(self, pattern: str, added_tokens: dict[str, bytes], encode_word: Callable[[str], bytes]) -> None:
         self._words = re.compile(_in_ascii(pattern), re.ASCII).findall
         # Of several that begin at one place the library takes the longest.
         longest_first = sorted(added_tokens, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split if added_tokens else None
         self._added = added_tokens
         self._known = dict(added_tokens)
-        self._encode = encode
+        self._encode_word = encode_word
 
     @classmethod
-    def of(cls, settings: dict[str, Any], encode: Callable[[Sequence[str]], list[bytes]]) -> "WordCache | None":
+    def of(cls, settings: dict[str, Any], encode_word: Callable[[str], bytes]) -> "WordCache | None":
         """settings: tokenizer.json. None for any setting that is not known to leave words alone."""
         model, normalizer, added = settings["model"], settings["normalizer"], settings["added_tokens"]
         pattern = _word_pattern(settings["pre_tokenizer"])
@@ -57,7 +51,7 @@ class WordCache:
             plain = plain and not any(token[name] for name in ("single_word", "lstrip", "rstrip", "normalized"))
         if pattern is None or not plain:
             return None
-        return cls(pattern, {token["content"]: token["id"].to_bytes(4, "little") for token in added}, encode)
+        return cls(pattern, {token["content"]: token["id"].to_bytes(4, "little") for token in added}, encode_word)
 
     def encode(self, text: str) -> bytes | None:
         """Packed ids, or None: then ask the library."""
@@ -81,18 +75,16 @@ class WordCache:
                 words += self._words(part)
         return words
 
-    def _learn(self, words: Sequence[str]) -> bytes | None:
+    def _learn(self, words: Sequence[str]) -> bytes:
         known = self._known
-        new = {word for word in words if word not in known}
-        # The library encodes a text with more new words as a whole; only a few of them are worth encoding twice.
-        most = MAX_LEARNED if len(new) <= MAX_LEARNED else FEW
-        learned = [word for word in new if len(word) <= MAX_WORD_CHARS][:most]
-        if len(known) + len(learned) > MAX_WORDS:
+        new = {word: self._encode_word(word) for word in {*words}.difference(known)}
+        packed = b"".join([new[word] if word in new else known[word] for word in words])
+        kept = {word: ids for word, ids in new.items() if len(word) <= MAX_WORD_CHARS}
+        if len(known) + len(kept) > MAX_WORDS:
             # Begun anew, in another dictionary: other threads may be reading this one.
-            self._known = dict(self._added)
-            return None
-        known.update(zip(learned, self._encode(learned), strict=True))
-        return b"".join([known[word] for word in words]) if len(learned) == len(new) else None
+            known = self._known = dict(self._added)
+        known.update(kept)
+        return packed
 
 
 def _word_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:

@@ -82,10 +82,7 @@ def test_same_ids_as_the_library(name: str, text: str) -> None:
 
 
 def _cache(tokenizer: Tokenizer) -> WordCache | None:
-    def encode(words: Any) -> list[bytes]:
-        return [b"" for _ in words]
-
-    return WordCache.of(json.loads(tokenizer.to_str()), encode)
+    return WordCache.of(json.loads(tokenizer.to_str()), str.encode)
 
 
 def test_every_kind_is_known() -> None:
@@ -116,8 +113,9 @@ def test_any_other_setting_is_the_librarys(tokenizer: Tokenizer) -> None:
 
 
 def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text of many new words, a text that is long, and a cache that is full are the library's, and end in order."""
+    """A text of many new words, one of long words, one that is long, and a cache that is full."""
     monkeypatch.setattr(word_cache, "MAX_WORDS", 40)
+    monkeypatch.setattr(word_cache, "MAX_WORD_CHARS", 6)
     product, library = ModelTokenizer(_trained(None), special_tokens={}), KINDS["gpt-2"]
     for number in range(30):
         text = " ".join(f"word{number} {'abcdefgh'[number % 8]} {number * 7919}" for _ in range(number))
