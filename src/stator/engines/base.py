@@ -1,6 +1,6 @@
 """The engine seam: what computes tokens.
 
-Implementations: `engines.local` (numpy), vLLM and a simulated one later. One contract suite
+Implementations: `engines.local` (numpy) and `engines.vllm`; a simulated one later. One contract suite
 (`stator.testing.contracts.engine`) runs on all. An engine lives in its worker's process and is called on the event
 loop; it may compute on threads or in processes of its own, but calls sinks on the event loop only.
 
@@ -18,6 +18,7 @@ from typing import Protocol
 from stator.ids import InstanceId, RequestId, TransferId
 from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, KvEvent
 from stator.transport.base import Endpoint, Sink, TransportClient
+from stator.transport.settings import Identity
 
 TRANSFER_HOLD_S = 30.0
 
@@ -25,12 +26,16 @@ TRANSFER_HOLD_S = 30.0
 class EngineHost(Protocol):
     """What a worker lends its engine: a way to serve KV blocks to peers and to fetch theirs.
 
-    register must be called during `Engine.start` or before; addresses are valid from `start` on.
+    register must be called during `Engine.start` or before; addresses are valid from `start` on. identity: with the
+    token, for engines that serve blocks from processes of their own.
     on_dead: the engine calls it once when it can compute no more; the worker leaves discovery and stops.
     """
 
     instance_id: InstanceId
     client: TransportClient
+
+    @property
+    def identity(self) -> Identity: ...
 
     @property
     def addresses(self) -> tuple[str, ...]: ...

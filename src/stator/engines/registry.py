@@ -44,4 +44,11 @@ def _local(values: Mapping[str, Any]) -> Engine:
     return LocalEngine(args_from_section(values), runner_factory=numpy_runner)
 
 
-_ENGINES: dict[str, Callable[[Mapping[str, Any]], Engine]] = {"local": _local}
+def _vllm(values: Mapping[str, Any]) -> Engine:
+    from stator.engines.vllm.args import settings_from_section
+    from stator.engines.vllm.engine import VllmEngine
+
+    return VllmEngine(settings_from_section(values))
+
+
+_ENGINES: dict[str, Callable[[Mapping[str, Any]], Engine]] = {"local": _local, "vllm": _vllm}

@@ -24,7 +24,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How an engine picks tokens. Stop *strings* are not here: the Processor matches text and aborts.
 
     max_tokens: output tokens, those in `resume_ids` included. min_tokens: no eos or stop token before that many.
-    temperature 0 is greedy. top_k 0 and top_p 1.0 are off. seed: None means the engine draws one.
+    temperature 0 is greedy. top_k 0 and top_p 1.0 are off. seed: None means the engine draws one. seed_drawn: the
+    request asked for none; this one was drawn so that another engine could go on with it, and may be passed over.
     Penalties follow vLLM: presence and frequency over output tokens, repetition over prompt and output.
     """
 
@@ -40,6 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    seed_drawn: bool = False
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -219,9 +219,7 @@ def sampling_params(
     if min_tokens > max_tokens:
         raise _invalid("min_tokens", f"min_tokens is {min_tokens}, more than max_tokens, which is {max_tokens}")
     temperature = defaults.temperature if request.temperature is None else request.temperature
-    seed = request.seed
-    if seed is None and temperature > 0:
-        seed = draw_seed()
+    draws = request.seed is None and temperature > 0
     top_k = defaults.top_k if request.top_k is None else max(request.top_k, 0)
     repetition = defaults.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty
     return SamplingParams(
@@ -231,7 +229,8 @@ def sampling_params(
         top_p=defaults.top_p if request.top_p is None else request.top_p,
         top_k=top_k,
         min_p=defaults.min_p if request.min_p is None else request.min_p,
-        seed=seed,
+        seed=draw_seed() if draws else request.seed,
+        seed_drawn=draws,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=repetition,

@@ -163,7 +163,7 @@ class BenchHost:
     def __init__(self, name: str, network: InProcessNetwork | None) -> None:
         self.instance_id = InstanceId(name)
         self.network = network
-        identity = Identity(instance_id=self.instance_id, token="bench")
+        self.identity = identity = Identity(instance_id=self.instance_id, token="bench")
         listen = Listen() if network is None else Listen(host=None, inproc_name=name)
         self.server = RequestPlaneServer(identity, listen, network=network)
         self.watched_client = BenchClient(RequestPlaneClient(identity, network=network))

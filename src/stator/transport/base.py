@@ -24,11 +24,14 @@ Three carriers (in process, Unix socket, TCP) have one semantics, and one contra
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stator.errors import StatorError
 from stator.ids import InstanceId
 from stator.runtime.context import CallContext
+
+if TYPE_CHECKING:
+    from stator.transport.settings import Identity
 
 
 class Sink(Protocol):
@@ -117,6 +120,11 @@ class Endpoint:
 
 
 class TransportServer(Protocol):
+    @property
+    def identity(self) -> "Identity":
+        """As it was made; the instance may have another id by now."""
+        ...
+
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where peers reach this server, best first; valid after start."""

@@ -52,6 +52,10 @@ class RequestPlaneServer:
         self._addresses: list[str] = []
 
     @property
+    def identity(self) -> Identity:
+        return self._identity
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         return tuple(self._addresses)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from stator.ids import InstanceId
 from stator.transport.base import Endpoint, TransportClient, TransportServer
+from stator.transport.settings import Identity
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,10 @@ class WorkerHost:
         self.client = client
         self._server = server
         self._on_dead: Callable[[str], None] | None = on_dead
+
+    @property
+    def identity(self) -> Identity:
+        return self._server.identity
 
     @property
     def addresses(self) -> tuple[str, ...]:

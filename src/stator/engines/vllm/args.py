@@ -1,0 +1,111 @@
+"""From a worker's section to vLLM's `AsyncEngineArgs`.
+
+The flags go through vLLM's own command line parser, so that a value means here what it means on `vllm serve`. What an
+engine under Stator must have is added: no statistics of vLLM's own, its KV events, the connector.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stator.errors import ConfigError
+
+DEFAULT_CPU_KV_BYTES = 1 << 30
+"""Without a size vLLM on CPUs demands nearly all of the machine's memory, and fails where others use some."""
+
+OURS = {
+    "kv_events_config": "Stator's routers follow the engine's KV events by it",
+    "disable_log_stats": "Stator's metrics come from the engine's statistics",
+}
+_CPU_DEFAULTS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""vLLM would bind every engine of a machine to the same cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """flags: vLLM's, by name with underscores, less those below. model: a directory or a hub id, as vLLM is told.
+
+    name: served; in block hashes and to clients. lora_modules: adapter names and their directories.
+    """
+
+    model: str
+    name: str
+    flags: dict[str, Any]
+    kv_transfer_config: dict[str, Any] | str | None = None
+    lora_modules: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def prefix_caching(self) -> bool:
+        return self.flags.get("enable_prefix_caching") is not False
+
+    @property
+    def dp_ranks(self) -> int:
+        return int(self.flags.get("data_parallel_size") or 1)
+
+
+def settings_from_section(values: Mapping[str, Any]) -> VllmSettings:
+    """Raises ConfigError, naming the flag, for one that Stator sets itself, and for a missing model."""
+    flags = {key.replace("-", "_"): value for key, value in values.items()}
+    model = flags.pop("model", None)
+    if not isinstance(model, str):
+        raise ConfigError("engine vllm needs a model: a directory, stator:NAME or a hub id")
+    for key, reason in OURS.items():
+        if flags.get(key) is not None:
+            raise ConfigError(f"{key.replace('_', '-')} cannot be set: {reason}; leave it out")
+    names = flags.pop("served_model_name", None)
+    name = names[0] if isinstance(names, list) and names else names
+    kv_transfer_config = flags.pop("kv_transfer_config", None)
+    lora_modules = flags.pop("lora_modules", None) or {}
+    return VllmSettings(model, str(name or model), flags, kv_transfer_config, dict(lora_modules))
+
+
+def command_line(settings: VllmSettings, *, model: str, kv_transfer: Mapping[str, Any], **added: Any) -> list[str]:
+    """vLLM's arguments. model: resolved, for vLLM. kv_transfer: the connector's configuration. added: further flags."""
+    flags = {**settings.flags, **{key: value for key, value in added.items() if value is not None}}
+    arguments = ["--model", model, "--served-model-name", settings.name, "--disable-log-stats"]
+    arguments += ["--kv-transfer-config", json.dumps(kv_transfer)]
+    for key, value in flags.items():
+        arguments += _argument(key, value)
+    return arguments
+
+
+def _argument(key: str, value: Any) -> list[str]:
+    flag = "--" + key.replace("_", "-")
+    if value is None:
+        return []
+    if value is True:
+        return [flag]
+    if value is False:
+        return ["--no-" + key.replace("_", "-")]
+    if isinstance(value, dict):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list):
+        return [flag, *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
+    return [flag, str(value)]
+
+
+def set_environment(added: Mapping[str, str], *, gpu: bool) -> None:
+    """Before vLLM is imported: its processes inherit it. What is set already stays."""
+    for key, value in {**added, **({} if gpu else _CPU_DEFAULTS)}.items():
+        os.environ.setdefault(key, value)
+
+
+def cpu_flags(settings: VllmSettings) -> dict[str, Any]:
+    """Flags that an engine on CPUs gets if the user says nothing of the like."""
+    sized = any(settings.flags.get(key) for key in ("kv_cache_memory_bytes", "num_gpu_blocks_override"))
+    return {} if sized or os.environ.get("VLLM_CPU_KVCACHE_SPACE") else {"kv_cache_memory_bytes": DEFAULT_CPU_KV_BYTES}
+
+
+def parse(arguments: list[str]) -> Any:
+    """An AsyncEngineArgs. Imports vLLM, which takes seconds. Raises ConfigError with vLLM's own words."""
+    from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # pyright: ignore[reportMissingImports]
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> None:
+            raise ConfigError(f"vLLM refuses a flag: {message}")
+
+    parsed = AsyncEngineArgs.add_cli_args(Parser()).parse_args(arguments)
+    return AsyncEngineArgs.from_cli_args(parsed)

@@ -1,0 +1,464 @@
+"""The adapter: vLLM's `AsyncLLM` behind engines.base.Engine.
+
+vLLM's scheduler and workers live in processes of their own; here are requests, their sinks, and what the router is
+told. Of vLLM only `AsyncLLM.add_request` and `abort`, `AsyncEngineArgs`, `SamplingParams`, `TokensPrompt` and the
+statistics of each step are used, and three seams that the contract suite holds in place: a request's collector is
+given another `put`, so that a step's tokens go to the sinks within vLLM's own callback instead of waking a task each;
+the split of cached tokens is read off the engine core's outputs; and the end of the output handler tells of a death.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stator.core.hashing import block_hashes
+from stator.core.sequence_limits import resumed_finish, validate
+from stator.engines.base import EngineHost, KvListener
+from stator.engines.vllm import args as vllm_args
+from stator.engines.vllm import connectors, transfer
+from stator.engines.vllm.args import VllmSettings
+from stator.engines.vllm.kv_feed import KvEventFeed, kv_events_settings
+from stator.engines.vllm.load import LoadCounter
+from stator.engines.vllm.pairing import engine_pairing
+from stator.engines.vllm.sampling import CANNOT_RESUME, prefill_arguments, sampling_arguments
+from stator.engines.vllm.started import Launch, StartedVllm, launch
+from stator.errors import ConfigError, ErrorCode, StatorError
+from stator.ids import RequestId, TransferId
+from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, FinishReason, PrefillResult, TokenDelta
+from stator.messages.tokens import num_tokens, unpack
+from stator.runtime.tasks import TaskOwner
+from stator.transport.base import Sink
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_S = 10.0
+
+_FINISHED = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """A request in the engine. core_id: under which vLLM knows it, once it does. transfer: set until its blocks at the
+    prefill engine are needed no more. transfer_id: of a prefill, under which its blocks will be held."""
+
+    request: EngineRequest
+    sink: Sink
+    core_id: str | None = None
+    transfer: transfer.VllmTransfer | None = None
+    transfer_id: TransferId | None = None
+    started: bool = False
+    ended: bool = False
+
+
+class VllmEngine:
+    """Implements engines.base.Engine; all methods are for the event loop on which `start` was called."""
+
+    def __init__(self, settings: VllmSettings, *, hold_s: float = 30.0, launcher: Launch = launch) -> None:
+        """hold_s: for how long a finished prefill's blocks wait. launcher: starts vLLM; tests start it another way."""
+        self._settings = settings
+        self._hold_s = hold_s
+        self._launcher = launcher
+        self._streams: dict[RequestId, _Stream] = {}
+        self._holds: dict[TransferId, tuple[dict[str, Any], float]] = {}
+        self._ended: StatorError | None = StatorError(ErrorCode.ENGINE_DEAD, "the engine has not been started")
+        self._llm: StartedVllm | None = None
+        self._feed: KvEventFeed | None = None
+        self._stop_lock = asyncio.Lock()
+        self._counter = LoadCounter(0)
+        self._eos: frozenset[int] = frozenset()
+
+    async def start(self, host: EngineHost) -> EngineInfo:
+        self._host = host
+        self._loop = asyncio.get_running_loop()
+        self._tasks = TaskOwner("vLLM engine")
+        # Short, for the sockets in it: their paths have 107 bytes at most.
+        self._directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="stator-vllm-"))
+        try:
+            llm = self._llm = await self._launch(host)
+            self._counter.num_blocks = llm.num_blocks
+            self._eos = llm.eos_token_ids
+            if self._endpoints:
+                self._feed = KvEventFeed(self._settings.name, llm.block_size, self._endpoints)
+                await self._feed.start()
+        except BaseException:
+            await self._clean_up()
+            raise
+        self._ended = None
+        llm.on_dead(self._die)
+        return self._info(llm)
+
+    async def _launch(self, host: EngineHost) -> StartedVllm:
+        settings = self._settings
+        gpu = await asyncio.to_thread(self._launcher.has_gpu)
+        self._plan = plan = connectors.plan_connector(
+            settings.kv_transfer_config, self._plane(host), gpu=gpu, environment=os.environ
+        )
+        self._endpoints = []
+        added: dict[str, Any] = {"worker_extension_cls": plan.worker_extension}
+        if settings.flags.get("worker_extension_cls"):
+            del added["worker_extension_cls"]
+        if settings.prefix_caching:
+            added["kv_events_config"], self._endpoints = kv_events_settings(
+                self._directory / "kv", settings.dp_ranks
+            )
+        if not gpu:
+            added |= vllm_args.cpu_flags(settings)
+        if settings.lora_modules:
+            added["enable_lora"] = True
+        vllm_args.set_environment(plan.environment, gpu=gpu)
+        arguments = vllm_args.command_line(settings, model=settings.model, kv_transfer=plan.config, **added)
+        return await self._launcher.start(arguments, self._counter.record)
+
+    def _plane(self, host: EngineHost) -> connectors.TransferPlane:
+        identity = host.identity
+        listen, advertise = _listen_hosts(host.addresses)
+        return connectors.TransferPlane(
+            namespace=identity.namespace,
+            instance_id=host.instance_id,
+            token_file=connectors.write_token_file(identity.token or "", self._directory),
+            host=listen,
+            advertise=advertise,
+            num_data_parallel=self._settings.dp_ranks,
+            hold_s=self._hold_s,
+        )
+
+    def _info(self, llm: StartedVllm) -> EngineInfo:
+        return EngineInfo(
+            engine="vllm",
+            version=llm.version,
+            model=self._settings.name,
+            block_size=llm.block_size,
+            num_blocks=llm.num_blocks * self._settings.dp_ranks,
+            max_num_seqs=llm.max_num_seqs,
+            max_num_batched_tokens=llm.max_num_batched_tokens,
+            max_model_len=llm.max_model_len,
+            pairing=engine_pairing(llm.config, self._plan.name, engine_version=llm.version),
+            cannot_resume=CANNOT_RESUME,
+            model_id=self._settings.model,
+            device=llm.device,
+        )
+
+    # Requests
+
+    def generate(self, request: EngineRequest, sink: Sink) -> None:
+        if (error := self._refusal(request)) is not None:
+            asyncio.get_running_loop().call_soon(_end, sink, error)
+            return
+        reason = resumed_finish(request, self._eos)
+        if reason is not None:
+            self._loop.call_soon(_push_last, sink, TokenDelta([], reason, 0))
+            return
+        stream = self._streams[request.request_id] = _Stream(request, sink, self._usable_transfer(request))
+        self._tasks.spawn(self._submit(stream), f"submit {request.request_id}")
+
+    def prefill(self, request: EngineRequest, sink: Sink) -> None:
+        if (error := self._refusal(request)) is not None:
+            asyncio.get_running_loop().call_soon(_end, sink, error)
+            return
+        stream = _Stream(request, sink, transfer_id=TransferId(f"{self._host.instance_id}.{secrets.token_hex(12)}"))
+        self._streams[request.request_id] = stream
+        self._tasks.spawn(self._submit(stream), f"submit prefill {request.request_id}")
+
+    def abort(self, request_id: RequestId) -> None:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        self._drop(stream)
+        # Not from inside the caller's call, which may be in the midst of a change of its own.
+        error = StatorError(ErrorCode.CANCELLED, "the request was cancelled")
+        self._loop.call_soon(_end, stream.sink, error)
+
+    def release(self, transfer_id: TransferId) -> None:
+        hold = self._holds.pop(transfer_id, None)
+        if hold is not None and self._ended is None:
+            self._tasks.spawn(self._release_own(hold[0]), f"release {transfer_id}")
+
+    def load(self) -> EngineLoad:
+        return self._counter.load(num_starting=sum(stream.core_id is None for stream in self._streams.values()))
+
+    def cached_prefix_tokens(self, request: EngineRequest) -> int:
+        cached, _ = self._cached(request)
+        return cached
+
+    def watch_kv(self, listener: KvListener) -> Callable[[], None]:
+        if self._feed is None:
+            listener([])
+            return lambda: None
+        return self._feed.watch(listener)
+
+    async def reset_prefix_cache(self) -> bool:
+        llm, feed = self._llm, self._feed
+        if llm is None or self._ended is not None:
+            return False
+        mark = feed.clear_mark() if feed is not None else None
+        done = await llm.reset_prefix_cache()
+        if done and feed is not None:
+            feed.clear(mark)
+        return done
+
+    async def stop(self) -> None:
+        async with self._stop_lock:
+            if self._llm is None:
+                return
+            self._end_all(StatorError(ErrorCode.ENGINE_DEAD, "the engine was stopped"))
+            await self._clean_up()
+
+    async def _clean_up(self) -> None:
+        await self._tasks.close()
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await llm.shut_down(SHUTDOWN_S)
+            self._counter.ranks.clear()
+        if self._feed is not None:
+            await self._feed.close()
+        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+
+    # From a request to vLLM
+
+    async def _submit(self, stream: _Stream) -> None:
+        """Hand the request over. Its stream may end meanwhile; vLLM is then told to abort it."""
+        llm = self._llm
+        assert llm is not None
+        try:
+            arguments = await self._arguments(stream)
+            if stream.ended:
+                return
+            _, rank = self._cached(stream.request)
+            await llm.add(
+                stream.request.request_id,
+                unpack(stream.request.prompt_ids + stream.request.resume_ids),
+                arguments,
+                on_output=lambda output: self._on_output(stream, output),
+                on_added=lambda core_id: setattr(stream, "core_id", core_id),
+                cache_salt=stream.request.cache_salt,
+                lora=self._lora(stream.request),
+                priority=stream.request.priority,
+                dp_rank=rank,
+            )
+        except StatorError as error:
+            self._fail(stream, error)
+        except Exception as error:
+            logger.exception("vLLM did not take request %s", stream.request.request_id)
+            self._fail(stream, StatorError(ErrorCode.INTERNAL, f"the engine did not take the request: {error}"))
+        if stream.ended and stream.core_id is not None:
+            await llm.abort(stream.core_id)
+
+    async def _arguments(self, stream: _Stream) -> dict[str, Any]:
+        if stream.transfer_id is not None:
+            return prefill_arguments(transfer.prefill_params(self._plan.name, stream.transfer_id))
+        arguments = sampling_arguments(stream.request)
+        if stream.transfer is not None:
+            params = dict(stream.transfer.params)
+            if await transfer.peer_alive(params):
+                arguments["extra_args"] = {"kv_transfer_params": params}
+            else:
+                self._no_transfer(stream.request, "the prefill engine cannot be reached")
+                stream.transfer = None
+        return arguments
+
+    def _usable_transfer(self, request: EngineRequest) -> "transfer.VllmTransfer | None":
+        if request.transfer is None:
+            return None
+        try:
+            return transfer.parse_transfer(request, connector=self._plan.name)
+        except ValueError as error:
+            self._no_transfer(request, str(error))
+            return None
+
+    def _no_transfer(self, request: EngineRequest, reason: str) -> None:
+        logger.warning(
+            "request %s: no KV blocks from the prefill engine (%s); computing here", request.request_id, reason
+        )
+
+    def _lora(self, request: EngineRequest) -> tuple[str, int, str] | None:
+        """(name, number, directory)."""
+        if request.lora_name is None:
+            return None
+        names = list(self._settings.lora_modules)
+        number = names.index(request.lora_name) + 1
+        return request.lora_name, number, self._settings.lora_modules[request.lora_name]
+
+    def _cached(self, request: EngineRequest) -> tuple[int, int | None]:
+        """(tokens not to be computed, the data-parallel rank that has them; None if any will do)."""
+        llm, feed = self._llm, self._feed
+        if llm is None or feed is None:
+            return 0, None
+        tokens = request.prompt_ids + request.resume_ids
+        chain = block_hashes(
+            tokens,
+            llm.block_size,
+            model=self._settings.name,
+            lora_name=request.lora_name,
+            cache_salt=request.cache_salt,
+        )
+        blocks, rank = feed.longest_prefix(chain)
+        # vLLM looks up one token less than there are, since it needs the last one's logits.
+        usable = min(blocks, (num_tokens(tokens) - 1) // llm.block_size)
+        return usable * llm.block_size, rank if usable and self._settings.dp_ranks > 1 else None
+
+    def _refusal(self, request: EngineRequest) -> StatorError | None:
+        if self._ended is not None:
+            return StatorError(self._ended.code, self._ended.message)
+        llm = self._llm
+        assert llm is not None
+        if request.request_id in self._streams:
+            message = f"request {request.request_id} is already running on this engine; use another request id"
+            return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
+        if request.lora_name is not None and request.lora_name not in self._settings.lora_modules:
+            known = ", ".join(self._settings.lora_modules) or "none"
+            message = f"there is no LoRA adapter {request.lora_name!r}; this worker's lora-modules has {known}"
+            return StatorError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+        try:
+            validate(request, llm.vocab_size, llm.max_model_len, llm.num_blocks, llm.block_size)
+        except StatorError as error:
+            return error
+        return None
+
+    # From vLLM to the sinks: runs for every sequence and step
+
+    def _on_output(self, stream: _Stream, output: Any) -> None:
+        if stream.ended:
+            return
+        if isinstance(output, Exception):
+            self._fail(stream, _as_error(output))
+            return
+        completion = output.outputs[0]
+        reason = completion.finish_reason
+        if reason is not None and reason not in _FINISHED:
+            self._fail(stream, StatorError(ErrorCode.ENGINE_DEAD, f"vLLM ended the request with {reason!r}"))
+            return
+        if stream.transfer_id is not None:
+            if reason is not None:
+                self._prefilled(stream, stream.transfer_id, output)
+            return
+        finish = _FINISHED[reason] if reason is not None else None
+        if stream.started:
+            delta = TokenDelta(list(completion.token_ids), finish)
+        else:
+            stream.started = True
+            delta = self._first_delta(stream, output, completion, finish)
+        if finish is None:
+            self._push(stream, delta)
+            return
+        self._forget(stream)
+        _push_last(stream.sink, delta)
+
+    def _first_delta(self, stream: _Stream, output: Any, completion: Any, finish: FinishReason | None) -> TokenDelta:
+        assert self._llm is not None
+        local, external = self._llm.cached_split(output, stream.core_id)
+        peer_cached = 0
+        if stream.transfer is not None and external:
+            peer_cached = min(stream.transfer.num_cached_tokens, local + external)
+        num_cached = min(num_tokens(stream.request.prompt_ids), max(local, peer_cached))
+        return TokenDelta(list(completion.token_ids), finish, num_cached, external)
+
+    def _prefilled(self, stream: _Stream, transfer_id: TransferId, output: Any) -> None:
+        assert self._llm is not None
+        self._forget(stream)
+        request = stream.request
+        num_cached = sum(self._llm.cached_split(output, stream.core_id))
+        try:
+            handed = transfer.result_transfer(
+                output.kv_transfer_params,
+                connector=self._plan.name,
+                transfer_id=transfer_id,
+                request=request,
+                num_cached_tokens=num_cached,
+            )
+        except ValueError as error:
+            _end(stream.sink, StatorError(ErrorCode.TRANSFER_FAILED, str(error)))
+            return
+        self._keep_hold(transfer_id, handed)
+        num_prompt = num_tokens(request.prompt_ids)
+        _push_last(stream.sink, PrefillResult(handed, num_prompt, min(num_cached, num_prompt)))
+
+    def _push(self, stream: _Stream, delta: TokenDelta) -> None:
+        try:
+            stream.sink.items([delta])
+        except Exception:
+            logger.exception("the sink of request %s failed; aborting it", stream.request.request_id)
+            self.abort(stream.request.request_id)
+
+    # Holds of finished prefills, for `release` only: they end by themselves
+
+    def _keep_hold(self, transfer_id: TransferId, handed: dict[str, Any]) -> None:
+        now = self._loop.time()
+        for old in [key for key, (_, until) in self._holds.items() if until <= now]:
+            del self._holds[old]
+        self._holds[transfer_id] = (handed, now + self._hold_s)
+
+    async def _release_own(self, handed: dict[str, Any]) -> None:
+        llm = self._llm
+        if llm is not None:
+            await transfer.release(self._host.client, handed, call_workers=llm.call_workers)
+
+    # Ends
+
+    def _forget(self, stream: _Stream) -> None:
+        stream.ended = True
+        if self._streams.get(stream.request.request_id) is stream:
+            del self._streams[stream.request.request_id]
+
+    def _drop(self, stream: _Stream) -> None:
+        """Forget it, here and in vLLM. One that vLLM does not have yet is aborted by `_submit`."""
+        self._forget(stream)
+        if stream.core_id is not None and self._llm is not None:
+            self._tasks.spawn(self._llm.abort(stream.core_id), f"abort {stream.request.request_id}")
+        elif stream.transfer is not None:
+            # vLLM never heard of it, so nobody else will tell the prefill engine.
+            handed = stream.request.transfer or {}
+            self._tasks.spawn(transfer.release(self._host.client, handed), f"release {stream.transfer.transfer_id}")
+
+    def _fail(self, stream: _Stream, error: StatorError) -> None:
+        if not stream.ended:
+            self._forget(stream)
+            _end(stream.sink, error)
+
+    def _die(self, reason: str) -> None:
+        if self._ended is None:
+            self._end_all(StatorError(ErrorCode.ENGINE_DEAD, f"the engine failed ({reason})"))
+            self._host.on_dead(reason)
+
+    def _end_all(self, error: StatorError) -> None:
+        if self._ended is None:
+            self._ended = error
+        for stream in list(self._streams.values()):
+            self._fail(stream, StatorError(error.code, error.message))
+
+
+def _listen_hosts(addresses: tuple[str, ...]) -> tuple[str, str]:
+    """(host to listen on, host that peers are told): where the worker itself is reached."""
+    for address in addresses:
+        if address.startswith("tcp://"):
+            host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+            return host, host
+    return "127.0.0.1", "127.0.0.1"
+
+
+def _as_error(error: Exception) -> StatorError:
+    name = type(error).__name__
+    if name == "EngineDeadError":
+        return StatorError(ErrorCode.ENGINE_DEAD, "the engine's core process ended")
+    return StatorError(ErrorCode.INTERNAL, f"{name} in vLLM: {error}")
+
+
+def _end(sink: Sink, error: StatorError | None) -> None:
+    try:
+        sink.end(error)
+    except Exception:
+        logger.exception("a sink failed at its end")
+
+
+def _push_last(sink: Sink, item: TokenDelta | PrefillResult) -> None:
+    try:
+        sink.items([item])
+    except Exception:
+        logger.exception("a sink failed at its last item")
+    _end(sink, None)

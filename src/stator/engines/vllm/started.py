@@ -1,0 +1,229 @@
+"""A running vLLM: everything that touches its objects, in one file. Pinned to a version by engines.vllm.version.
+
+vLLM is not typed for us and may not be installed: its objects are Any here, and nothing is imported before a start.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from stator.engines.vllm import args as vllm_args
+
+logger = logging.getLogger(__name__)
+
+Record = Callable[[Any, Any, int], None]
+"""(SchedulerStats or None, IterationStats or None, data-parallel rank): called after every engine step."""
+
+
+class Launch(Protocol):
+    """How vLLM comes up."""
+
+    def has_gpu(self) -> bool:
+        """May import and block."""
+        ...
+
+    async def start(self, arguments: list[str], record: Record) -> "StartedVllm":
+        """arguments: of vLLM's command line. Raises ConfigError for those that it refuses."""
+        ...
+
+
+class ProcessLaunch:
+    """vLLM as it is meant: this process has its front end, further ones its core and workers."""
+
+    def has_gpu(self) -> bool:
+        from stator.graph.machine import find_gpus
+
+        return bool(find_gpus().gpus)
+
+    async def start(self, arguments: list[str], record: Record) -> "StartedVllm":
+        # Importing takes seconds, loading may take minutes; leases are renewed meanwhile on this loop.
+        started_at = time.monotonic()
+        llm = await _in_thread(_build, arguments, record)
+        logger.info("vLLM is up after %.1f s", time.monotonic() - started_at)
+        return StartedVllm(llm)
+
+
+def _build(arguments: list[str], record: Record) -> Any:
+    from vllm.usage.usage_lib import UsageContext  # pyright: ignore[reportMissingImports]
+    from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+
+    parsed = vllm_args.parse(arguments)
+    return AsyncLLM.from_engine_args(
+        parsed, usage_context=UsageContext.ENGINE_CONTEXT, stat_loggers=[_stat_logger(record)]
+    )
+
+
+def _stat_logger(record_step: Record) -> Any:
+    from vllm.v1.metrics.loggers import StatLoggerBase  # pyright: ignore[reportMissingImports]
+
+    class StepRecorder(StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            self._rank = engine_index
+
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+            **_later_fields: Any,
+        ) -> None:
+            record_step(scheduler_stats, iteration_stats, engine_idx)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return StepRecorder
+
+
+async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """As asyncio.to_thread, but a cancelled wait waits on: what is half started must be there to be shut down."""
+    task = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            llm = await task
+            await asyncio.to_thread(llm.shutdown)
+        raise
+
+
+class StartedVllm:
+    """num_blocks: that sequences may use, of each data-parallel rank (one block of vLLM's is never used)."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self._splits: dict[str, tuple[int, int]] = {}
+        self._stopping = False
+        config = self.config = llm.vllm_config
+        model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+        self.block_size: int = cache.block_size
+        self.num_blocks: int = (cache.num_gpu_blocks or 1) - 1
+        self.max_num_seqs: int = scheduler.max_num_seqs
+        self.max_num_batched_tokens: int = scheduler.max_num_batched_tokens
+        self.max_model_len: int = model.max_model_len
+        self.vocab_size: int = model.get_vocab_size()
+        self.version = _version()
+        self.device = _device(config)
+        self.eos_token_ids = _eos_token_ids(model)
+        self._watch_first_outputs()
+
+    def on_dead(self, callback: Callable[[str], None]) -> None:
+        """Once, on the loop, when the engine's core has ended without being asked to."""
+        self._llm._run_output_handler()
+        handler: asyncio.Task[None] = self._llm.output_handler
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if not self._stopping:
+                callback("its core process ended; vLLM's messages above have the cause")
+
+        handler.add_done_callback(ended)
+
+    async def add(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: dict[str, Any],
+        *,
+        on_output: Callable[[Any], None],
+        on_added: Callable[[str], None],
+        cache_salt: str | None,
+        lora: tuple[str, int, str] | None,
+        priority: int,
+        dp_rank: int | None,
+    ) -> None:
+        """on_output: of RequestOutputs, or of the Exception that ends the request; from vLLM's own callback. on_added:
+        with the id for `abort`, before the first of them."""
+        from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+        prompt = TokensPrompt(prompt_token_ids=token_ids)
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
+        collector = await self._llm.add_request(
+            request_id,
+            prompt,
+            SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling),
+            lora_request=None if lora is None else LoRARequest(lora[0], lora[1], lora[2]),
+            priority=priority,
+            data_parallel_rank=dp_rank,
+        )
+        on_added(collector.request_id)
+        collector.put = on_output
+        try:
+            early = collector.get_nowait()
+        except Exception as error:
+            early = error
+        if early is not None:
+            on_output(early)
+
+    async def abort(self, core_id: str) -> None:
+        """Unknown ids are ignored."""
+        self._splits.pop(core_id, None)
+        await self._llm.abort(core_id, internal=True)
+
+    async def reset_prefix_cache(self) -> bool:
+        return bool(await self._llm.reset_prefix_cache())
+
+    async def call_workers(self, method: str, arguments: tuple[Any, ...]) -> Sequence[Any]:
+        return await self._llm.collective_rpc(method, args=arguments)
+
+    def cached_split(self, output: Any, core_id: str | None) -> tuple[int, int]:
+        """(tokens from the engine's own prefix cache, tokens from a peer) of the prompt that was just computed."""
+        split = self._splits.pop(core_id or "", None)
+        return split if split is not None else (output.num_cached_tokens or 0, 0)
+
+    async def shut_down(self, timeout_s: float) -> None:
+        self._stopping = True
+        handler = self._llm.output_handler
+        await asyncio.to_thread(self._llm.shutdown, timeout_s)
+        if handler is not None:
+            await asyncio.gather(handler, return_exceptions=True)
+
+    def _watch_first_outputs(self) -> None:
+        """RequestOutput has one number for what was cached, here and at a peer; the core's own outputs have both."""
+        process: Callable[..., Any] = self._llm.output_processor.process_outputs
+        splits = self._splits
+
+        def process_outputs(outputs: Any, *arguments: Any, **keywords: Any) -> Any:
+            for output in outputs:
+                stats = output.prefill_stats
+                if stats is not None:
+                    splits[output.request_id] = (stats.num_local_cached_tokens, stats.num_external_cached_tokens)
+            return process(outputs, *arguments, **keywords)
+
+        self._llm.output_processor.process_outputs = process_outputs
+
+
+def _version() -> str:
+    import vllm  # pyright: ignore[reportMissingImports]
+
+    return str(vllm.__version__).split("+")[0]
+
+
+def _device(config: Any) -> str:
+    """As step_time.toml names devices: `8 x NVIDIA H100 80GB HBM3`, or cpu."""
+    kind = str(config.device_config.device_type)
+    if kind != "cuda":
+        return kind
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    count = config.parallel_config.world_size
+    name = str(current_platform.get_device_name())
+    return name if count == 1 else f"{count} x {name}"
+
+
+def _eos_token_ids(model: Any) -> frozenset[int]:
+    found: set[int] = set()
+    generation = model.try_get_generation_config() if hasattr(model, "try_get_generation_config") else {}
+    for value in (generation.get("eos_token_id"), getattr(model.hf_text_config, "eos_token_id", None)):
+        found.update([value] if isinstance(value, int) else value or ())
+    return frozenset(found)
+
+
+launch = ProcessLaunch()
+
