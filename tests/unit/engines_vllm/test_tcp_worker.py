@@ -190,8 +190,11 @@ def test_a_peer_that_does_not_fit_gets_nothing(
         two.worker.submit(load_from(one, 0, 41))
         two.wait_ended()
         assert (two.received, two.failed, two.blocks.contents) == (["d"], {41}, {})
-        assert not one.take()
         assert reason in caplog.text
+        if reason == "laid out otherwise":
+            one.wait_ended()  # It may say that it needs them no more.
+        else:
+            assert not one.take()
 
 
 def test_a_dead_peer_fails_the_load(tmp_path: Path) -> None:
