@@ -3,10 +3,10 @@
 import os
 import re
 import secrets
-import stat
 from pathlib import Path
 
 from stator.config import environment
+from stator.config.token_file import read_token_file
 from stator.errors import ConfigError
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -32,9 +32,9 @@ def find_token(namespace: str, token_file: Path | None) -> str | None:
     if (token := environment.token()) is not None:
         return token
     if token_file is not None:
-        return _read(token_file)
+        return read_token_file(token_file)
     default = default_token_file(namespace)
-    return _read(default) if default.exists() else None
+    return read_token_file(default) if default.exists() else None
 
 
 def make_token(namespace: str) -> str:
@@ -53,26 +53,12 @@ def make_token(namespace: str) -> str:
         finally:
             draft.unlink(missing_ok=True)
     except FileExistsError:
-        return _read(path)
+        return read_token_file(path)
     except OSError as error:
         raise ConfigError(
             f"the token file {path} cannot be made: {error.strerror}; set STATOR_TOKEN or XDG_STATE_HOME"
         ) from None
     return token
-
-
-def _read(path: Path) -> str:
-    try:
-        status = path.stat()
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"the token file {path} cannot be read: {reason}") from None
-    if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
-        raise ConfigError(f"the token file {path} may be read by others; run: chmod 600 {path}")
-    if not text:
-        raise ConfigError(f"the token file {path} is empty")
-    return text
 
 
 def missing_token(namespace: str, head: str) -> str:

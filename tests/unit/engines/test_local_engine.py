@@ -12,13 +12,13 @@ import pytest
 
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.engine import LocalEngine
-from stator.engines.local.transfer import (
+from stator.engines.local.transfer import TransferParams
+from stator.engines.transfer.messages import (
     FETCH_ENDPOINT,
     RELEASE_ENDPOINT,
     BlockPiece,
     FetchRequest,
     ReleaseRequest,
-    TransferParams,
 )
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.ids import RequestId, TransferId

@@ -16,10 +16,12 @@ from stator.core.blocks import BlockManager
 from stator.core.scheduler import LiveSequence, Plan, ScheduledChunk, Scheduler, SchedulerConfig, StepOutcome
 from stator.engines.base import EngineHost, KvListener
 from stator.engines.local.args import LocalEngineArgs
-from stator.engines.local.connector import BlockFetcher, BlockServer
 from stator.engines.local.runner import Chunk, Runner, SampleSpec
-from stator.engines.local.transfer import CONNECTOR, TransferParams, as_dict, digest_tokens, parse_transfer
+from stator.engines.local.transfer import CONNECTOR, TransferParams, as_dict, parse_transfer
 from stator.engines.local.worker_thread import WorkerThread
+from stator.engines.transfer.fetcher import BlockFetcher
+from stator.engines.transfer.messages import digest_tokens
+from stator.engines.transfer.server import BlockServer
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import (
@@ -106,7 +108,7 @@ class LocalEngine:
             hold_s=args.transfer_hold_s,
         )
         self._server.register(host)
-        self._fetcher = BlockFetcher(host, self._import_blocks, timeout_s=args.transfer_timeout_s)
+        self._fetcher = BlockFetcher(host.client, self._import_blocks, timeout_s=args.transfer_timeout_s)
         self._started = True
         self._steps = self._tasks.spawn(self._run(), "steps")
         return self._describe(config)

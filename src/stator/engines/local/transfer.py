@@ -1,21 +1,15 @@
-"""What two local engines say to each other about KV blocks: the transfer parameters and the wire types.
+"""The local engine's transfer parameters: how a decode engine learns where blocks are, and whether they fit."""
 
-A prefill engine holds the blocks of a finished prefill under a transfer id and serves them on two endpoints:
-`kv.fetch` streams the asked blocks as pieces on the bulk lane, `kv.release` ends the hold.
-"""
-
-import hashlib
 from typing import Any
 
 import msgspec
 
+from stator.engines.transfer.messages import digest_tokens
 from stator.ids import InstanceId, TransferId
 from stator.messages.engine import EngineRequest
 from stator.messages.tokens import BYTES_PER_TOKEN
 
 CONNECTOR = "stator-request-plane-1"
-FETCH_ENDPOINT = "kv.fetch"
-RELEASE_ENDPOINT = "kv.release"
 
 
 class TransferParams(msgspec.Struct, frozen=True):
@@ -32,38 +26,6 @@ class TransferParams(msgspec.Struct, frozen=True):
     num_tokens: int
     num_cached_tokens: int
     digest: str
-
-
-class FetchRequest(msgspec.Struct, frozen=True):
-    """Blocks first_block .. first_block + num_blocks - 1 of a held prefill."""
-
-    transfer_id: TransferId
-    first_block: int
-    num_blocks: int
-
-
-class BlockPiece(msgspec.Struct, frozen=True, array_like=True):
-    """Bytes offset .. offset + len(data) - 1 of the num_bytes of one block; pieces of a block come in order."""
-
-    block_index: int
-    offset: int
-    num_bytes: int
-    data: bytes
-
-
-class ReleaseRequest(msgspec.Struct, frozen=True):
-    transfer_id: TransferId
-
-
-def digest_tokens(request: EngineRequest, num_tokens: int) -> str:
-    """Binds held blocks to the tokens, LoRA and cache salt they were computed for: they fit no other request.
-
-    num_tokens: of prompt and resumed output, from the start.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(msgspec.msgpack.encode((request.lora_name, request.cache_salt)))
-    digest.update((request.prompt_ids + request.resume_ids)[: num_tokens * BYTES_PER_TOKEN])
-    return digest.hexdigest()
 
 
 def parse_transfer(request: EngineRequest) -> TransferParams:
