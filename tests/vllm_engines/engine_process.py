@@ -125,9 +125,8 @@ class _Child:
         return True, None
 
     def on_submit(self, name: str, ids: list[int], max_tokens: int, params: dict[str, Any] | None) -> tuple[bool, Any]:
-        from vllm.inputs import TokensPrompt
-
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
 
         extra = None if params is None else {"kv_transfer_params": params}
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra)

@@ -103,7 +103,7 @@ def parse(arguments: list[str]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # pyright: ignore[reportMissingImports]
 
-    class Parser(FlexibleArgumentParser):
+    class Parser(FlexibleArgumentParser):  # pyright: ignore[reportUntypedBaseClass]
         def error(self, message: str) -> None:
             raise ConfigError(f"vLLM refuses a flag: {message}")
 

@@ -22,17 +22,19 @@ from stator.core.hashing import block_hashes
 from stator.core.sequence_limits import resumed_finish, validate
 from stator.engines.base import EngineHost, KvListener
 from stator.engines.vllm import args as vllm_args
-from stator.engines.vllm import connectors, transfer
+from stator.engines.vllm import connectors
+from stator.engines.vllm import transfer as handover
 from stator.engines.vllm.args import VllmSettings
 from stator.engines.vllm.kv_feed import KvEventFeed, kv_events_settings
 from stator.engines.vllm.load import LoadCounter
 from stator.engines.vllm.pairing import engine_pairing
 from stator.engines.vllm.sampling import CANNOT_RESUME, prefill_arguments, sampling_arguments
 from stator.engines.vllm.started import Launch, StartedVllm, launch
-from stator.errors import ConfigError, ErrorCode, StatorError
+from stator.engines.vllm.transfer import VllmTransfer
+from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, FinishReason, PrefillResult, TokenDelta
-from stator.messages.tokens import num_tokens, unpack
+from stator.messages.tokens import BYTES_PER_TOKEN, num_tokens, unpack
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Sink
 
@@ -51,7 +53,7 @@ class _Stream:
     request: EngineRequest
     sink: Sink
     core_id: str | None = None
-    transfer: transfer.VllmTransfer | None = None
+    transfer: VllmTransfer | None = None
     transfer_id: TransferId | None = None
     started: bool = False
     ended: bool = False
@@ -105,9 +107,7 @@ class VllmEngine:
         if settings.flags.get("worker_extension_cls"):
             del added["worker_extension_cls"]
         if settings.prefix_caching:
-            added["kv_events_config"], self._endpoints = kv_events_settings(
-                self._directory / "kv", settings.dp_ranks
-            )
+            added["kv_events_config"], self._endpoints = kv_events_settings(self._directory / "kv", settings.dp_ranks)
         if not gpu:
             added |= vllm_args.cpu_flags(settings)
         if settings.lora_modules:
@@ -155,7 +155,7 @@ class VllmEngine:
         if reason is not None:
             self._loop.call_soon(_push_last, sink, TokenDelta([], reason, 0))
             return
-        stream = self._streams[request.request_id] = _Stream(request, sink, self._usable_transfer(request))
+        stream = self._streams[request.request_id] = _Stream(request, sink, transfer=self._usable_transfer(request))
         self._tasks.spawn(self._submit(stream), f"submit {request.request_id}")
 
     def prefill(self, request: EngineRequest, sink: Sink) -> None:
@@ -192,6 +192,11 @@ class VllmEngine:
             listener([])
             return lambda: None
         return self._feed.watch(listener)
+
+    async def kv_events_settled(self) -> None:
+        """Until what vLLM has published so far is applied; for tests and shut-downs, since it asks vLLM."""
+        if self._feed is not None:
+            await self._feed.sync()
 
     async def reset_prefix_cache(self) -> bool:
         llm, feed = self._llm, self._feed
@@ -233,7 +238,7 @@ class VllmEngine:
             _, rank = self._cached(stream.request)
             await llm.add(
                 stream.request.request_id,
-                unpack(stream.request.prompt_ids + stream.request.resume_ids),
+                unpack(stream.request.prompt_ids) + unpack(stream.request.resume_ids),
                 arguments,
                 on_output=lambda output: self._on_output(stream, output),
                 on_added=lambda core_id: setattr(stream, "core_id", core_id),
@@ -252,22 +257,22 @@ class VllmEngine:
 
     async def _arguments(self, stream: _Stream) -> dict[str, Any]:
         if stream.transfer_id is not None:
-            return prefill_arguments(transfer.prefill_params(self._plan.name, stream.transfer_id))
+            return prefill_arguments(handover.prefill_params(self._plan.name, stream.transfer_id))
         arguments = sampling_arguments(stream.request)
         if stream.transfer is not None:
             params = dict(stream.transfer.params)
-            if await transfer.peer_alive(params):
+            if await handover.peer_alive(params):
                 arguments["extra_args"] = {"kv_transfer_params": params}
             else:
                 self._no_transfer(stream.request, "the prefill engine cannot be reached")
                 stream.transfer = None
         return arguments
 
-    def _usable_transfer(self, request: EngineRequest) -> "transfer.VllmTransfer | None":
+    def _usable_transfer(self, request: EngineRequest) -> VllmTransfer | None:
         if request.transfer is None:
             return None
         try:
-            return transfer.parse_transfer(request, connector=self._plan.name)
+            return handover.parse_transfer(request, connector=self._plan.name)
         except ValueError as error:
             self._no_transfer(request, str(error))
             return None
@@ -300,7 +305,7 @@ class VllmEngine:
         )
         blocks, rank = feed.longest_prefix(chain)
         # vLLM looks up one token less than there are, since it needs the last one's logits.
-        usable = min(blocks, (num_tokens(tokens) - 1) // llm.block_size)
+        usable = min(blocks, (len(tokens) // BYTES_PER_TOKEN - 1) // llm.block_size)
         return usable * llm.block_size, rank if usable and self._settings.dp_ranks > 1 else None
 
     def _refusal(self, request: EngineRequest) -> StatorError | None:
@@ -365,7 +370,7 @@ class VllmEngine:
         request = stream.request
         num_cached = sum(self._llm.cached_split(output, stream.core_id))
         try:
-            handed = transfer.result_transfer(
+            handed = handover.result_transfer(
                 output.kv_transfer_params,
                 connector=self._plan.name,
                 transfer_id=transfer_id,
@@ -397,7 +402,7 @@ class VllmEngine:
     async def _release_own(self, handed: dict[str, Any]) -> None:
         llm = self._llm
         if llm is not None:
-            await transfer.release(self._host.client, handed, call_workers=llm.call_workers)
+            await handover.release(self._host.client, handed, call_workers=llm.call_workers)
 
     # Ends
 
@@ -414,7 +419,7 @@ class VllmEngine:
         elif stream.transfer is not None:
             # vLLM never heard of it, so nobody else will tell the prefill engine.
             handed = stream.request.transfer or {}
-            self._tasks.spawn(transfer.release(self._host.client, handed), f"release {stream.transfer.transfer_id}")
+            self._tasks.spawn(handover.release(self._host.client, handed), f"release {stream.transfer.transfer_id}")
 
     def _fail(self, stream: _Stream, error: StatorError) -> None:
         if not stream.ended:

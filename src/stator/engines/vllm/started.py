@@ -41,12 +41,12 @@ class ProcessLaunch:
     async def start(self, arguments: list[str], record: Record) -> "StartedVllm":
         # Importing takes seconds, loading may take minutes; leases are renewed meanwhile on this loop.
         started_at = time.monotonic()
-        llm = await _in_thread(_build, arguments, record)
+        llm = await _in_thread(build, arguments, record)
         logger.info("vLLM is up after %.1f s", time.monotonic() - started_at)
         return StartedVllm(llm)
 
 
-def _build(arguments: list[str], record: Record) -> Any:
+def build(arguments: list[str], record: Record) -> Any:
     from vllm.usage.usage_lib import UsageContext  # pyright: ignore[reportMissingImports]
     from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
@@ -59,7 +59,7 @@ def _build(arguments: list[str], record: Record) -> Any:
 def _stat_logger(record_step: Record) -> Any:
     from vllm.v1.metrics.loggers import StatLoggerBase  # pyright: ignore[reportMissingImports]
 
-    class StepRecorder(StatLoggerBase):
+    class StepRecorder(StatLoggerBase):  # pyright: ignore[reportUntypedBaseClass]
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             self._rank = engine_index
 
@@ -179,10 +179,12 @@ class StartedVllm:
 
     async def shut_down(self, timeout_s: float) -> None:
         self._stopping = True
-        handler = self._llm.output_handler
-        await asyncio.to_thread(self._llm.shutdown, timeout_s)
-        if handler is not None:
-            await asyncio.gather(handler, return_exceptions=True)
+        llm, self._llm = self._llm, None
+        if llm.output_handler is not None:
+            # Before the core ends, or it would be told of a death.
+            llm.output_handler.cancel()
+            await asyncio.gather(llm.output_handler, return_exceptions=True)
+        await asyncio.to_thread(llm.shutdown, timeout_s)
 
     def _watch_first_outputs(self) -> None:
         """RequestOutput has one number for what was cached, here and at a peer; the core's own outputs have both."""
@@ -226,4 +228,3 @@ def _eos_token_ids(model: Any) -> frozenset[int]:
 
 
 launch = ProcessLaunch()
-

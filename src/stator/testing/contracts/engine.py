@@ -34,6 +34,7 @@ class EngineContract(EngineTransferContract):
             length = 3 * self.block_size + 1
             first = await one.generate(make_request("a", self.prompt(length))).wait()
             again = make_request("b", self.prompt(length))
+            await self.settle(one.engine)
             assert one.engine.cached_prefix_tokens(again) == length - 1
             second = await one.generate(again).wait()
             assert len(first.token_ids) == 12
@@ -97,7 +98,10 @@ class EngineContract(EngineTransferContract):
             prompt = self.prompt(self.block_size - 2)
             penalties = {"frequency_penalty": 0.5, "presence_penalty": 0.5}
             samplings: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 7}, penalties]
-            for sampling in samplings:
+            # A request with what the engine says it cannot resume is not sent on.
+            resumable = [each for each in samplings if not set(one.info.cannot_resume).intersection(each)]
+            assert resumable
+            for sampling in resumable:
                 whole = await one.text(make_request("whole", prompt, **sampling))
                 sinks = [two.generate(make_request(f"{cut}", prompt, whole[:cut], **sampling)) for cut in range(13)]
                 for cut, sink in enumerate(sinks):
@@ -176,8 +180,10 @@ class EngineContract(EngineTransferContract):
                 one.engine.generate(make_request(name, self.prompt(5, ord(name))), sink)
             for sink in sinks:
                 await sink.wait()
-            assert pushes["a"] == pushes["b"]
-            assert len(pushes["a"]) == 12
+            assert (len(pushes["a"]), len(pushes["b"])) == (12, 12)
+            # An engine elsewhere may have begun with the first when it hears of the second.
+            num_steps_alone = 2 if self.computes_apart else 0
+            assert len(set(pushes["a"]).intersection(pushes["b"])) >= 12 - num_steps_alone
 
         self.run(scenario)
 
@@ -191,7 +197,7 @@ class EngineContract(EngineTransferContract):
             one.engine.abort(RequestId("d"))
             one.engine.abort(RequestId("d"))
             one.engine.abort(RequestId("unknown"))
-            assert one.engine.load().num_blocks_used == 0, "freed at once"
+            await self.until_freed(one)
             num_items = len(decoding.received)
             for sink in (waiting, decoding):
                 assert (await sink.wait_error()).code is ErrorCode.CANCELLED
@@ -201,7 +207,8 @@ class EngineContract(EngineTransferContract):
             prefilling = RecordingSink()
             one.engine.prefill(make_request("p", self.prompt(20 * self.block_size, 3)), prefilling)
             await until(lambda: one.engine.load().num_running == 1)
-            assert one.engine.load().num_blocks_used >= 20
+            if not self.computes_apart:
+                assert one.engine.load().num_blocks_used >= 20
             one.engine.abort(RequestId("p"))
             assert (await prefilling.wait_error()).code is ErrorCode.CANCELLED
 
@@ -223,6 +230,7 @@ class EngineContract(EngineTransferContract):
             unwatch = one.engine.watch_kv(early)
             length = 3 * self.block_size
             await one.text(make_request("first", self.prompt(length)))
+            await self.settle(one.engine)
             named = block_hashes(pack(self.prompt(length)), self.block_size, model=one.info.model)
             assert set(named) <= early.hashes
             one.engine.watch_kv(mirror)
@@ -230,6 +238,7 @@ class EngineContract(EngineTransferContract):
             sinks = [one.generate(make_request(str(n), self.prompt(length, n))) for n in range(6)]
             for sink in sinks:
                 await sink.wait()
+            await self.settle(one.engine)
             late = KvMirror()
             one.engine.watch_kv(late)
             assert mirror.num_removed > 0, "the scenario is meant to evict"
@@ -238,7 +247,8 @@ class EngineContract(EngineTransferContract):
                 request = make_request("probe", self.prompt(length, n))
                 chain = block_hashes(request.prompt_ids, self.block_size, model=one.info.model)
                 num_known = next((i for i, name in enumerate(chain) if name not in late.hashes), len(chain))
-                assert one.engine.cached_prefix_tokens(request) == min(num_known * self.block_size, length - 1)
+                expected = self.usable(num_known * self.block_size, length)
+                assert one.engine.cached_prefix_tokens(request) == expected
             unwatch()
             assert await one.engine.reset_prefix_cache()
             assert (mirror.hashes, late.hashes) == (set(), set())
@@ -252,8 +262,10 @@ class EngineContract(EngineTransferContract):
             expected = await one.text(request)
             result = await one.prefill(request)
             assert not await one.engine.reset_prefix_cache(), "held blocks stay cached"
+            await self.settle(one.engine)
             assert one.engine.cached_prefix_tokens(request) == 2 * self.block_size
             one.engine.release(TransferId(result.transfer["transfer_id"]))
+            await self.until_freed(one)
             assert await one.engine.reset_prefix_cache()
             again = await one.generate(request).wait()
             assert (again.num_cached, again.token_ids) == (0, expected)
@@ -299,7 +311,7 @@ class EngineContract(EngineTransferContract):
             two.engine.abort(RequestId("d"))
             assert held.transfer
             await one.engine.stop()
-            assert one.engine.load().num_blocks_used == 0
+            await self.until_freed(one)
             assert one.host.dead == two.host.dead == [], "a stop is no death"
 
         before = set(threading.enumerate())

@@ -12,7 +12,7 @@ from stator.engines.base import Engine
 from stator.ids import RequestId
 from stator.messages.engine import EngineRequest, SamplingParams
 from stator.messages.tokens import EMPTY, pack
-from stator.testing.engine_bench import BenchEngine, running_engines
+from stator.testing.engine_bench import BenchEngine, running_engines, until
 
 SCENARIO_S = 50.0
 
@@ -55,6 +55,34 @@ class EngineSuite:
     block_size: int
     vocab_size: int
     tcp: bool = False
+
+    computes_apart: bool = False
+    """The engine computes in another process. What it does there is seen a little later: blocks are free and KV events
+    come after the call that caused them, and its block transfers are not the host's."""
+
+    last_block_again: bool = False
+    """Of a prompt that is cached to its end the engine computes the last block again, not the last token."""
+
+    def usable(self, num_cached: int, length: int) -> int:
+        """Tokens that the engine does not compute of a prompt of that length with so many cached ones."""
+        limit = (length - 1) // self.block_size * self.block_size if self.last_block_again else length - 1
+        return min(num_cached, limit)
+
+    async def settle(self, engine: Engine) -> None:
+        """Until what the engine did so far is in its KV events."""
+
+    async def until_freed(self, one: BenchEngine) -> None:
+        """No block is used: at once where the engine computes here."""
+        if self.computes_apart:
+            await until(lambda: one.engine.load().num_blocks_used == 0)
+        assert one.engine.load().num_blocks_used == 0
+
+    async def cut_off(self, one: BenchEngine) -> None:
+        """Nobody reaches its blocks any more."""
+        if self.computes_apart:
+            await one.engine.stop()
+        else:
+            await one.host.server.close()
 
     def make_engine(self, settings: EngineSettings) -> Engine:
         """An engine with exactly that many blocks, prefix caching, and a context of at least 24 blocks of tokens."""

@@ -1,0 +1,48 @@
+"""The engine contract on vLLM, with Stator's own connector."""
+
+from pathlib import Path
+
+import pytest
+
+import stator
+from stator.engines.base import Engine
+from stator.engines.vllm.engine import VllmEngine
+from stator.testing.contracts.engine import EngineContract
+from stator.testing.contracts.engine_suite import EngineSettings
+from vllm_engines import forked
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
+
+MODEL = Path(stator.__file__).parent / "models" / "tiny-llama"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm() -> None:
+    forked.prepare()
+
+
+class TestVllmEngine(EngineContract):
+    block_size = 32
+    vocab_size = 4096
+    computes_apart = True
+    last_block_again = True
+
+    def make_engine(self, settings: EngineSettings) -> Engine:
+        section = {
+            "model": str(MODEL),
+            "served_model_name": "tiny-llama",
+            "dtype": "float32",
+            "block_size": self.block_size,
+            "max_model_len": 24 * self.block_size,
+            # One block is vLLM's own.
+            "num_gpu_blocks_override": settings.num_blocks + 1,
+            "kv_cache_memory_bytes": 256 << 20,
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": settings.max_num_batched_tokens,
+            "enforce_eager": True,
+        }
+        return forked.engine(section, hold_s=settings.transfer_hold_s)
+
+    async def settle(self, engine: Engine) -> None:
+        assert isinstance(engine, VllmEngine)
+        await engine.kv_events_settled()

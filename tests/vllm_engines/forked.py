@@ -1,0 +1,47 @@
+"""Engines for tests without the ten seconds that each spawned vLLM process imports: their cores are forked from the
+process of the tests, which imports vLLM once."""
+
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+from stator.engines.vllm import started
+from stator.engines.vllm.args import settings_from_section
+from stator.engines.vllm.engine import VllmEngine
+
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def prepare() -> None:
+    """Before vLLM is imported anywhere in this process."""
+    os.environ.update(ENVIRONMENT)
+    import vllm.v1.engine.async_llm
+    import vllm.v1.executor.uniproc_executor
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and hasattr(module, "get_mp_context"):
+            module.get_mp_context = lambda: multiprocessing.get_context("fork")  # type: ignore[attr-defined]
+
+
+class ForkLaunch:
+    """Implements engines.vllm.started.Launch. From the main thread, since a fork takes along no other."""
+
+    def has_gpu(self) -> bool:
+        return False
+
+    async def start(self, arguments: list[str], record: started.Record) -> started.StartedVllm:
+        return started.StartedVllm(started.build(arguments, record))
+
+
+def engine(section: dict[str, Any], *, hold_s: float = 30.0) -> VllmEngine:
+    """section: as a worker's, with engine keys only."""
+    return VllmEngine(settings_from_section(section), hold_s=hold_s, launcher=ForkLaunch())
