@@ -148,6 +148,37 @@ def demo(
     )
 
 
+@typer_app.command(cls=ServeCommand)
+def plan(
+    context: typer.Context,
+    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="Default: the example graph.")] = None,
+    file: Annotated[Path, typer.Option("--file", "-f", help="YAML with a section per service.")] = DEMO_CONFIG,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="COUNTxNAME-MEMORY", help="A machine's GPUs (8xH100-80GB); default: this machine's."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Tell whether the models of a configuration fit a machine: weights, KV cache, and what vLLM would refuse.
+
+    Every worker section is planned on a machine of its own. Nothing is loaded or downloaded. The exit code is 1 if
+    something would not start.
+    """
+    from stator.cli.plan import plan_options
+    from stator.errors import ConfigError
+    from stator.graph.machine_plan import format_json, format_text, plan_machine
+
+    overrides: tuple[tuple[str, str], ...] = tuple(context.meta[OVERRIDES])
+    try:
+        options = plan_options(target, file, gpus, overrides, Path.cwd(), example_directory())
+        made = plan_machine(options, all_services=target is not None)
+    except ConfigError as error:
+        typer.echo(f"stator: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(format_json(made) if as_json else format_text(made))
+    raise typer.Exit(1 if made.refused else 0)
+
+
 @typer_app.command()
 def version() -> None:
     """Print the version."""

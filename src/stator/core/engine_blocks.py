@@ -36,7 +36,7 @@ EngineHash = int | bytes
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 MAX_BLOCKS = 1 << 20
-"""Engine blocks tracked per rank: several times what a node with 8 GPUs of 80 GB has, and some 200 MB."""
+"""Engine blocks tracked per rank: several times what a node with 8 GPUs of 80 GB has, and some 250 MB."""
 
 MAX_VOID_BATCHES = 64
 

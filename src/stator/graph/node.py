@@ -13,6 +13,7 @@ from stator.config.tree import Node as TreeNode
 from stator.engines.registry import engine_names
 from stator.errors import ConfigError
 from stator.graph import banner, network, token
+from stator.graph.fit import SectionFit, fit_sections, refuse_misfits, warnings_of
 from stator.graph.gpus import parse_assumed
 from stator.graph.graph import Graph, build_graph
 from stator.graph.machine import Inventory, find_gpus
@@ -49,6 +50,7 @@ class Node:
     """Everything that was checked. inventory: None if nobody asks for GPUs. notices: to be told once.
 
     head: of the deployment that is joined. refusal: why a start would stop here, though a plan can be made.
+    fits: of the sections with a vLLM worker.
     """
 
     options: ServeOptions
@@ -62,6 +64,7 @@ class Node:
     port_range: tuple[int, int] | None
     notices: tuple[str, ...]
     refusal: str | None
+    fits: tuple[SectionFit, ...] = ()
 
     @property
     def is_head(self) -> bool:
@@ -109,9 +112,13 @@ def prepare(options: ServeOptions, *, for_start: bool) -> Node:
     else:
         plans = equip(plans, ())
     told += [*notices, *_private_routing(graph, plans), *_left_without_gpus(sections, plans)]
+    fits = tuple(fit_sections(configuration, sections, plans, inventory))
+    if for_start:
+        refuse_misfits(fits)
+        told += warnings_of(fits)
     return Node(
         options, graph, configuration, sections, plans, inventory, head, advertise, port_range, tuple(told),
-        refusal,
+        refusal, fits,
     )  # fmt: skip
 
 
@@ -136,14 +143,14 @@ def _sections(options: ServeOptions, graph: Graph) -> tuple[Configuration, dict[
         section = decode_section(name, spec.config_type, configuration, errors, notices)
         if section is not None:
             sections[name] = section
-            _check_gpus(name, section, configuration, errors)
+            check_gpus(name, section, configuration, errors)
     raise_all(errors)
     if (ignored := ignored_flags(sections)) is not None:
         notices.append(ignored)
     return configuration, sections, list(dict.fromkeys(notices))
 
 
-def _check_gpus(name: str, section: Section, configuration: Configuration, errors: Errors) -> None:
+def check_gpus(name: str, section: Section, configuration: Configuration, errors: Errors) -> None:
     """A number of GPUs that is none, or that is less than what the engine is told to spread over."""
     gpu = section.args.resources.gpu
     node = configuration.sections.get(name, TreeNode("", children={}))

@@ -10,6 +10,8 @@ from stator.config.decode import lookup
 from stator.config.provenance import DEFAULT, Option, hide, options_of
 from stator.config.schema import FrontendConfig, WorkerConfig
 from stator.graph import banner, gpus, network
+from stator.graph.fit import SectionFit, refusal_of
+from stator.graph.fit_text import fit_lines
 from stator.graph.node import Node, ServeOptions, prepare
 from stator.graph.placement import ProcessPlan
 from stator.graph.token import find_token
@@ -42,7 +44,7 @@ class ProcessEntry(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """refusal: why a real start would stop."""
+    """fits: whether the vLLM workers' models fit. refusal: why a real start would stop."""
 
     target: str
     namespace: str
@@ -50,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True):
     gpus: str
     processes: list[ProcessEntry]
     services: list[ServicePlan]
+    fits: list[SectionFit]
     notices: list[str]
     refusal: str | None
 
@@ -65,8 +68,9 @@ def make_plan(options: ServeOptions) -> Plan:
         gpus=_gpus(node),
         processes=[_process(node, plan, shared) for plan in node.plans],
         services=[_service(node, name) for name in node.graph.services],
+        fits=list(node.fits),
         notices=[*node.notices, *_token_notices(options)],
-        refusal=node.refusal,
+        refusal=node.refusal or refusal_of(node.fits),
     )
 
 
@@ -169,6 +173,9 @@ def format_text(plan: Plan) -> str:
     lines += ["", "Services"]
     for service in plan.services:
         lines += _service_lines(service)
+    if plan.fits:
+        lines += ["", "Fit"]
+        lines += [line for fit in plan.fits for line in fit_lines(fit)]
     lines += ["", *(f"Note: {notice}" for notice in plan.notices)] if plan.notices else []
     if plan.refusal is not None:
         lines += ["", f"A start would stop here: {plan.refusal}"]

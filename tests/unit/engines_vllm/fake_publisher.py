@@ -36,11 +36,12 @@ class FakeSocket:
 
 class FakePublisher:
     """One rank. silent: it answers no replay. max_answers: batches of an answer that reach the asker, as with a full
-    queue; the end does then not reach it either."""
+    queue; the end does then not reach it either. not_replayed: numbers that never do."""
 
     def __init__(self, buffer_steps: int = 10_000) -> None:
         self.silent = False
         self.max_answers = 1 << 30
+        self.not_replayed: set[int] = set()
         self.asked_from: list[int] = []
         self.subscribers: list[FakeSocket] = []
         self._buffer_steps = buffer_steps
@@ -67,7 +68,11 @@ class FakePublisher:
         self.asked_from.append(int.from_bytes(first, "big"))
         if self.silent:
             return
-        answer = [[b"", b"", number_frame(n), payload] for n, payload in self._buffer if n >= self.asked_from[-1]]
+        answer = [
+            [b"", b"", number_frame(n), payload]
+            for n, payload in self._buffer
+            if n >= self.asked_from[-1] and n not in self.not_replayed
+        ]
         answer.append([b"", b"", END, b""])
         for message in answer[: self.max_answers]:
             socket.received.put_nowait(message)

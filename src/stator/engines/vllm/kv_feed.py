@@ -323,7 +323,7 @@ class _Follower:
         await self._rebuild()
 
     async def _rebuild(self) -> None:
-        """Make the state anew from all that the publisher still has; empty if it does not answer."""
+        """Make the state anew from all that the publisher still has; empty if that cannot be had whole."""
         blocks, sequence = self._make_blocks(), BatchSequence()
         step = None
         self._cleared = False
@@ -334,13 +334,15 @@ class _Follower:
                 break
             if step is Step.LOST or sequence.last == before:
                 blocks, sequence = self._make_blocks(), BatchSequence()
-        if self._cleared:
+        if step is not Step.SKIP:
+            blocks, sequence = self._make_blocks(), BatchSequence()
+        elif self._cleared:
             # What came may be from before the reset. If it is not, its successors will ask for another replay.
             blocks, step = self._make_blocks(), None
         self._sequence = sequence
         self._incomplete = False
         # Another replay gives no more than this one, until the publisher has other batches.
-        self._batches_to_next_rebuild = 0 if step is None else REPLAYED_BATCHES
+        self._batches_to_next_rebuild = REPLAYED_BATCHES if step is Step.SKIP else 0
         self._deliver(self._union.replace(self._index, blocks))
 
     async def _complete(self) -> None:

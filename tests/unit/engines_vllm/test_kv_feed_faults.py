@@ -15,6 +15,7 @@ from fake_publisher import FakePublisher, FakeSockets
 from stator.core.hashing import block_hashes
 from stator.engines.vllm.kv_feed import (
     ANSWER_S,
+    MAX_ROUNDS,
     PROBE_S,
     REPLAYED_BATCHES,
     REST_S,
@@ -223,6 +224,58 @@ def test_a_gap_that_nobody_replays_clears_the_rank(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         run(scenario)
     assert "rank 0 before number 2 are lost" in caplog.text
+
+
+def test_a_hole_that_stays_ends_in_a_known_state() -> None:
+    async def scenario(world: World) -> None:
+        await world.feed.start()
+        world.publisher.publish(stored([1], [1, 2]))
+        await world.settle()
+        world.publisher.not_replayed = {1}
+        world.publisher.publish(removed(1), lost=True)
+        world.publisher.publish(stored([3], [5, 6]))
+        for _ in range(20):
+            await world.settle()
+        assert world.held == set(chain(5, 6))
+        # At start, to catch up, and the rounds of a rebuild.
+        assert world.publisher.asked_from == [0, 0, *[0] * MAX_ROUNDS]
+        late = KvEventFeed("m", SIZE, world.endpoints, make_sockets=lambda: world.sockets)
+        await late.start()
+        assert late.num_blocks == 0, "block 1 would be claimed, but the engine has it no more"
+        await late.close()
+
+    run(scenario)
+
+
+def test_a_rebuild_that_the_publisher_outruns_begins_again() -> None:
+    async def scenario(world: World) -> None:
+        for n in range(3):
+            world.publisher.publish(stored([n], [n, n]))
+        world.publisher.max_answers = 2
+        starting = asyncio.ensure_future(world.feed.start())
+        await asyncio.sleep(REST_S / 2)
+        world.publisher.max_answers = 100
+        for n in range(3, 6):
+            world.publisher.publish(stored([n], [n, n]), lost=True)
+        await starting
+        assert world.publisher.asked_from == [0, 1, 0]
+        assert world.held == {chain(n, n)[0] for n in (3, 4, 5)}
+
+    run(scenario, buffer_steps=3)
+
+
+def test_half_a_rebuild_is_none() -> None:
+    async def scenario(world: World) -> None:
+        world.publisher.publish(stored([1], [1, 2]))
+        world.publisher.publish(removed(1))
+        world.publisher.max_answers = 1
+        starting = asyncio.ensure_future(world.feed.start())
+        await asyncio.sleep(REST_S / 2)
+        world.publisher.silent = True
+        await starting
+        assert world.held == set(), "what was stored may be gone"
+
+    run(scenario)
 
 
 def test_an_engine_that_started_again_is_noticed_by_its_numbers() -> None:
