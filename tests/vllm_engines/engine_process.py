@@ -55,8 +55,13 @@ class RemoteEngine:
         assert self._ask("reset")
 
     def state(self) -> dict[str, Any]:
-        """{"used": KV blocks in use, "requests": known to the scheduler, "counts": the connector's, "loads": tasks}"""
+        """{"used": KV blocks in use, "requests": known to the scheduler}, and of our connector "counts" and
+        "loads": its tasks."""
         return self._ask("state")
+
+    def call_workers(self, method: str, *args: Any) -> list[Any]:
+        """vLLM's collective_rpc."""
+        return self._ask("call", method, args)
 
     def wait_idle(self) -> dict[str, Any]:
         """Steps until nothing is left to do; the state then."""
@@ -151,12 +156,17 @@ class _Child:
 
         scheduler = self._core.scheduler
         pool = scheduler.kv_cache_manager.block_pool
-        return True, {
+        state: dict[str, Any] = {
             "used": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
             "requests": len(scheduler.requests),
-            "counts": asdict(scheduler.connector._book.counts()),
-            "loads": len(get_kv_transfer_group()._worker._loads),
         }
+        if (book := getattr(scheduler.connector, "_book", None)) is not None:
+            state["counts"] = asdict(book.counts())
+            state["loads"] = len(get_kv_transfer_group()._worker._loads)
+        return True, state
+
+    def on_call(self, method: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
+        return True, self._llm.collective_rpc(method, args=args)
 
     def on_idle(self) -> tuple[bool, Any]:
         self._idle = True
