@@ -95,7 +95,7 @@ class StartedVllm:
     """num_blocks: that sequences may use, of each data-parallel rank (one block of vLLM's is never used)."""
 
     def __init__(self, llm: Any) -> None:
-        self._llm = llm
+        self._llm: Any = llm
         self._splits: dict[str, tuple[int, int]] = {}
         self._stopping = False
         config = self.config = llm.vllm_config
