@@ -88,13 +88,13 @@ def install(options: Options, say: Say) -> Path:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _locked(directory, say):
             marker = read_marker(directory)
-            if marker is not None and _is_complete(directory, marker, wanted):
-                _link_stator(directory)
-                say(f"{ENGINE} {VERSION} is installed in {directory} (torch {marker.versions.get('torch')})")
-            elif marker is not None and _lacks_only_more(directory, marker, wanted):
-                _complete(directory, marker, wanted, options, say)
-            else:
+            if marker is None or not _has_vllm(directory, marker, wanted):
                 _make(directory, marker, wanted, options, say)
+            elif set(wanted.also) <= set(marker.also):
+                _link_stator(directory)
+                say(f"{ENGINE} {VERSION} is installed in {directory}")
+            else:
+                _complete(directory, marker, wanted, options, say)
     return interpreter(directory)
 
 
@@ -104,15 +104,9 @@ def _wanted(options: Options) -> Marker:
         raise ConfigError(f"--also {missing[0]}: there is no such file")
     if options.wheels is not None and not options.wheels.is_dir():
         raise ConfigError(f"--wheels {options.wheels}: there is no such directory")
-    python = options.python or sys.executable
-    machine = describe(python)
-    reason = refusal(machine, ENGINE, VERSION)
-    if reason is not None:
-        raise ConfigError(reason)
     return Marker(
         engine=f"{ENGINE} {VERSION}",
         ready=True,
-        python=machine.version_text,
         requirements=_digest(REQUIREMENTS.read_bytes() + TORCH.encode()),
         also=tuple(_digest(path.read_bytes()) for path in options.also),
     )
@@ -122,39 +116,37 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _same_base(marker: Marker, wanted: Marker) -> bool:
-    return replace(marker, also=(), versions={}) == replace(wanted, also=(), versions={})
-
-
-def _is_complete(directory: Path, marker: Marker, wanted: Marker) -> bool:
-    has_more = set(wanted.also) <= set(marker.also)
-    return _same_base(marker, wanted) and has_more and interpreter(directory).exists()
-
-
-def _lacks_only_more(directory: Path, marker: Marker, wanted: Marker) -> bool:
-    return _same_base(marker, wanted) and interpreter(directory).exists()
+def _has_vllm(directory: Path, marker: Marker, wanted: Marker) -> bool:
+    """Whether it was made to its end, from the same requirements; its Python may be another than this one."""
+    same = (marker.engine, marker.requirements) == (wanted.engine, wanted.requirements)
+    return marker.ready and same and interpreter(directory).exists()
 
 
 def _make(directory: Path, marker: Marker | None, wanted: Marker, options: Options, say: Say) -> None:
     started = time.monotonic()
+    python = options.python or sys.executable
+    machine = describe(python)
+    reason = refusal(machine, ENGINE, VERSION)
+    if reason is not None:
+        raise ConfigError(reason)
     if marker is not None:
         say(f"{directory} is of another version or was not made to its end; making it anew")
         shutil.rmtree(directory)
     elif directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory} is not empty and holds no engine; name another directory, or remove that one")
     _check_space(directory.parent)
-    say(f"making {directory} (Python {wanted.python})")
+    say(f"making {directory} ({machine})")
+    unfinished = replace(wanted, ready=False, also=(), python=machine.version_text)
     with _removed_on_failure(directory, say):
         directory.mkdir(exist_ok=True)
-        write_marker(directory, replace(wanted, ready=False, also=()))
-        _make_venv(options.python or sys.executable, directory)
+        write_marker(directory, unfinished)
+        _make_venv(python, directory)
         num_bytes = _install_torch(interpreter(directory), options, say)
         say("installing vLLM and what it needs")
         arguments = ["--require-hashes", "-r", str(REQUIREMENTS)]
         num_bytes += pip.install(interpreter(directory), ["vLLM"], arguments, say).num_bytes
         _add_distribution(directory)
-        _link_stator(directory)
-        _complete(directory, replace(wanted, ready=False, also=()), wanted, options, say)
+        _complete(directory, unfinished, wanted, options, say)
     size = sum(path.lstat().st_size for path in directory.rglob("*") if not path.is_dir())
     took = time.monotonic() - started
     say(f"done in {took:.0f} s: {pip.megabytes(num_bytes)} downloaded, {pip.megabytes(size)} on disk")
@@ -171,7 +163,7 @@ def _complete(directory: Path, marker: Marker, wanted: Marker, options: Options,
     say("checking that vLLM loads")
     versions = check(python)
     also = tuple(dict.fromkeys((*marker.also, *wanted.also)))
-    write_marker(directory, replace(wanted, also=also, versions=versions))
+    write_marker(directory, replace(marker, ready=True, also=also, versions=versions))
     say(", ".join(f"{name} {version}" for name, version in versions.items()))
 
 

@@ -23,15 +23,26 @@ try:
                 break
 except OSError:
     pass
+import ctypes
+missing = []
+for library in ("libnuma.so.1", "libstdc++.so.6"):
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        missing.append(library)
 print(json.dumps({
     "version": list(sys.version_info[:3]), "implementation": platform.python_implementation(),
     "system": platform.system(), "processor": platform.machine(), "libc": platform.libc_ver()[0], "flags": flags,
+    "missing": missing,
 }))
 """
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """As the interpreter sees it. flags: the processor's abilities, by the kernel's names; empty if it tells none."""
+    """As the interpreter sees it. flags: the processor's abilities, by the kernel's names; empty if it tells none.
+
+    missing: those of the system's libraries that vLLM's kernels are linked with and that are not there.
+    """
 
     version: tuple[int, int, int]
     implementation: str = "CPython"
@@ -39,6 +50,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     processor: str = "x86_64"
     libc: str = "glibc"
     flags: list[str] = []
+    missing: list[str] = []
 
     @property
     def version_text(self) -> str:
@@ -75,6 +87,12 @@ def refusal(machine: Machine, engine: str, version: str) -> str | None:
         return (
             f"{engine} {version} has builds for CPython {_text(MIN_PYTHON)} to {_text(MAX_PYTHON)}, and this is "
             f"{machine.implementation} {machine.version_text}; name another with --python PATH"
+        )
+    if machine.missing:
+        libraries = " and ".join(machine.missing)
+        return (
+            f"{engine} {version} needs {libraries}, which this machine lacks; on Debian and Ubuntu: "
+            f"apt install libnuma1 libstdc++6"
         )
     return None
 
