@@ -84,17 +84,20 @@ def install(options: Options, say: Say) -> Path:
     """
     directory = (options.into or default_directory(ENGINE)).expanduser().absolute()
     wanted = _wanted(options)
+    # Without the lock, which cannot be taken in a place that only others may write to (an image of a container).
+    if _is_finished(directory, wanted):
+        say(f"{ENGINE} {VERSION} is installed in {directory}")
+        return interpreter(directory)
     with _plain_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _locked(directory, say):
             marker = read_marker(directory)
             if marker is None or not _has_vllm(directory, marker, wanted):
                 _make(directory, marker, wanted, options, say)
-            elif set(wanted.also) <= set(marker.also):
-                _link_stator(directory)
-                say(f"{ENGINE} {VERSION} is installed in {directory}")
-            else:
+            elif not _is_finished(directory, wanted):
                 _complete(directory, marker, wanted, options, say)
+            else:
+                say(f"{ENGINE} {VERSION} is installed in {directory}")
     return interpreter(directory)
 
 
@@ -120,6 +123,13 @@ def _has_vllm(directory: Path, marker: Marker, wanted: Marker) -> bool:
     """Whether it was made to its end, from the same requirements; its Python may be another than this one."""
     same = (marker.engine, marker.requirements) == (wanted.engine, wanted.requirements)
     return marker.ready and same and interpreter(directory).exists()
+
+
+def _is_finished(directory: Path, wanted: Marker) -> bool:
+    marker = read_marker(directory)
+    if marker is None or not _has_vllm(directory, marker, wanted):
+        return False
+    return set(wanted.also) <= set(marker.also) and _is_linked(directory)
 
 
 def _make(directory: Path, marker: Marker | None, wanted: Marker, options: Options, say: Say) -> None:
@@ -231,17 +241,22 @@ def _add_distribution(directory: Path) -> None:
     (info / "INSTALLER").write_text("stator\n")
 
 
+def _running_package() -> Path:
+    return Path(stator.__file__).resolve().parent
+
+
+def _is_linked(directory: Path) -> bool:
+    return (site_packages(directory) / "stator").resolve() == _running_package()
+
+
 def _link_stator(directory: Path) -> None:
     """The running package itself, whether it is a checkout or an installed wheel: a copy would fall behind."""
+    if _is_linked(directory):
+        return
     link = site_packages(directory) / "stator"
-    target = Path(stator.__file__).resolve().parent
-    if link.is_symlink() and link.resolve() == target:
-        return
-    if target.is_relative_to(directory.resolve()):
-        return
     new = link.with_name("stator.new")
     new.unlink(missing_ok=True)
-    new.symlink_to(target)
+    new.symlink_to(_running_package())
     new.replace(link)
 
 
