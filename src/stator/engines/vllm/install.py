@@ -154,7 +154,7 @@ def _make(directory: Path, marker: Marker | None, wanted: Marker, options: Optio
         num_bytes = _install_torch(interpreter(directory), options, say)
         say("installing vLLM and what it needs")
         arguments = ["--require-hashes", "-r", str(REQUIREMENTS)]
-        num_bytes += pip.install(interpreter(directory), ["vLLM"], arguments, say).num_bytes
+        num_bytes += pip.install(interpreter(directory), "vLLM", arguments, say).num_bytes
         _add_distribution(directory)
         _complete(directory, unfinished, wanted, options, say)
     size = sum(path.lstat().st_size for path in directory.rglob("*") if not path.is_dir())
@@ -168,7 +168,7 @@ def _complete(directory: Path, marker: Marker, wanted: Marker, options: Options,
     for path, digest in zip(options.also, wanted.also, strict=True):
         if digest not in marker.also:
             say(f"installing {path.name}")
-            pip.install(python, [path.name], ["--require-hashes", "-r", str(path)], say)
+            pip.install(python, path.name, ["--require-hashes", "-r", str(path)], say)
     _link_stator(directory)
     say("checking that vLLM loads")
     versions = check(python)
@@ -199,13 +199,13 @@ def _install_torch(python: Path, options: Options, say: Say) -> int:
     say(f"installing {TORCH}")
     local = ["--no-index", *(("--find-links", str(options.wheels)) if options.wheels is not None else ())]
     try:
-        return pip.install(python, [TORCH], [*local, TORCH], say).num_bytes
+        return pip.install(python, TORCH, [*local, TORCH], say).num_bytes
     except PipFailed as failed:
         if not failed.not_found:
             raise
     remote = ["--index-url", options.torch_index] if options.torch_index is not None else []
     try:
-        return pip.install(python, [TORCH], [*remote, TORCH], say).num_bytes
+        return pip.install(python, TORCH, [*remote, TORCH], say).num_bytes
     except PipFailed as failed:
         raise ConfigError(_no_torch(options, describe(str(python)), str(failed), failed.not_found)) from None
 

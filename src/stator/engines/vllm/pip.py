@@ -66,10 +66,10 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1_000_000:.0f} MB"
 
 
-def install(python: Path, what: Sequence[str], arguments: Sequence[str], say: Say) -> Progress:
+def install(python: Path, what: str, arguments: Sequence[str], say: Say) -> Progress:
     """`pip install` by that interpreter: wheels only, and nothing but what is named. Raises PipFailed.
 
-    what: for messages and nothing else, in words.
+    what: its name in messages.
     """
     command = [
         str(python), "-m", "pip", "install", "--no-deps", "--only-binary", ":all:", "--no-input", "--no-color",
@@ -97,7 +97,7 @@ def install(python: Path, what: Sequence[str], arguments: Sequence[str], say: Sa
             raise
     if process.returncode != 0:
         output = "".join(kept)
-        raise PipFailed(f"{' '.join(what)} could not be installed: {explain(output)}", not_found=is_not_found(output))
+        raise PipFailed(f"{what} could not be installed: {explain(output)}", not_found=is_not_found(output))
     return progress
 
 
