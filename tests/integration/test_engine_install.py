@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import shutil
 import sys
 import sysconfig
 import threading
@@ -90,18 +91,28 @@ class World:
             self.heard.set()
 
 
-def use(world: World, patch: pytest.MonkeyPatch) -> World:
-    patch.setattr(installer, "REQUIREMENTS", world.requirements)
-    patch.setattr(installer, "NEEDED_BYTES", 1_000_000)
-    patch.setenv("PIP_NO_INDEX", "1")
-    patch.setenv("PIP_FIND_LINKS", str(world.wheels))
-    patch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    return world
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment as the installer makes it, which takes seconds; the tests take copies."""
+    directory = tmp_path_factory.mktemp("bare") / "environment"
+    installer._make_venv(sys.executable, directory)
+    return directory
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    return use(World(tmp_path), monkeypatch)
+def world(tmp_path: Path, bare: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    world = World(tmp_path)
+
+    def copy(_: str, directory: Path) -> None:
+        shutil.copytree(bare, directory, symlinks=True, dirs_exist_ok=True)
+
+    monkeypatch.setattr(installer, "_make_venv", copy)
+    monkeypatch.setattr(installer, "REQUIREMENTS", world.requirements)
+    monkeypatch.setattr(installer, "NEEDED_BYTES", 1_000_000)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(world.wheels))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    return world
 
 
 def test_it_is_made_once_completed_later_and_made_anew_for_other_requirements(world: World, tmp_path: Path) -> None:
