@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import shutil
+import socket
 import sys
 import sysconfig
 import threading
@@ -173,9 +174,24 @@ def test_torch_that_cannot_be_had(world: World, tmp_path: Path) -> None:
         ConfigError, match=r"the CPU build of torch is missing: torch==2\.13\.0\+cpu for Python"
     ) as error:
         install(Options(into=into), world.say)
+    assert "It is not in pip's own wheel directories (find-links), and not on the indexes that pip" in str(error.value)
     assert "--torch-index URL" in str(error.value) and "--wheels DIR" in str(error.value)
     assert not into.exists()
     assert world.said[-1] == f"removing {into}, which is not complete"
+
+
+def test_torch_whose_index_cannot_be_reached(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world.wheels / "torch-2.13.0+cpu-py3-none-any.whl").unlink()
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_RETRIES", "1")  # pip says nothing of a single try that failed
+    into = tmp_path / "engine"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        index = f"http://me:geheim@127.0.0.1:{closed.getsockname()[1]}/cpu"
+        with pytest.raises(ConfigError, match="and the index that --torch-index names could not be reached") as error:
+            install(Options(into=into, torch_index=index), world.say)
+    assert "geheim" not in str(error.value) + "".join(world.said)
+    assert not into.exists()
 
 
 def test_torch_from_a_directory_of_the_user_and_vllm_that_does_not_load(world: World, tmp_path: Path) -> None:

@@ -207,21 +207,19 @@ def _install_torch(python: Path, options: Options, say: Say) -> int:
     try:
         return pip.install(python, TORCH, [*remote, TORCH], say).num_bytes
     except PipFailed as failed:
-        raise ConfigError(_no_torch(options, describe(str(python)), str(failed), failed.not_found)) from None
+        if not (failed.not_found or failed.unreachable):
+            raise
+        raise ConfigError(_no_torch(options, describe(str(python)), unreachable=failed.unreachable)) from None
 
 
-def _no_torch(options: Options, machine: Machine, reason: str, not_found: bool) -> str:
-    looked = (
-        f"a directory ({options.wheels})" if options.wheels is not None else "pip's own wheel directories (find-links)"
-    )
-    where = (
-        "the index that --torch-index names" if options.torch_index is not None else "the indexes that pip is set to"
-    )
-    outcome = f"and not on {where}" if not_found else f"and {where} gave no answer ({reason})"
+def _no_torch(options: Options, machine: Machine, *, unreachable: bool) -> str:
+    looked = "pip's own wheel directories (find-links)" if options.wheels is None else f"{options.wheels}"
+    where = "the indexes that pip is set to" if options.torch_index is None else "the index that --torch-index names"
+    outcome = f"{where} could not be reached" if unreachable else f"not on {where}"
     return (
-        f"the CPU build of torch is missing: {TORCH} for {machine}. It was not in {looked}, {outcome}. PyTorch keeps "
-        f"it on an index of its own, whose address its installation page shows for the platform CPU: give it with "
-        f"--torch-index URL. Or download that one wheel elsewhere and name its directory: --wheels DIR"
+        f"the CPU build of torch is missing: {TORCH} for {machine}. It is not in {looked}, and {outcome}. PyTorch "
+        f"keeps it on an index of its own, whose address its installation page shows for the platform CPU: give it "
+        f"with --torch-index URL. Or download that one wheel elsewhere and name its directory: --wheels DIR"
     )
 
 

@@ -28,11 +28,12 @@ _SECRET = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class PipFailed(ConfigError):
-    """not_found: pip reached all it was told of, and what it looked for is not there."""
+    """not_found: pip reached all it was told of, and what it looked for is not there. unreachable: pip did not."""
 
-    def __init__(self, message: str, *, not_found: bool = False) -> None:
-        super().__init__(message)
-        self.not_found = not_found
+    def __init__(self, what: str, output: str) -> None:
+        super().__init__(f"{what} could not be installed: {explain(output)}")
+        self.not_found = is_not_found(output)
+        self.unreachable = _is_unreachable(output)
 
 
 class Progress:
@@ -96,8 +97,7 @@ def install(python: Path, what: str, arguments: Sequence[str], say: Say) -> Prog
             process.terminate()
             raise
     if process.returncode != 0:
-        output = "".join(kept)
-        raise PipFailed(f"{what} could not be installed: {explain(output)}", not_found=is_not_found(output))
+        raise PipFailed(what, "".join(kept))
     return progress
 
 
@@ -109,7 +109,11 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_not_found(output: str) -> bool:
-    return _NOT_FOUND.search(output) is not None and not any(sign in output for sign in _NO_NETWORK)
+    return _NOT_FOUND.search(output) is not None and not _is_unreachable(output)
+
+
+def _is_unreachable(output: str) -> bool:
+    return any(sign in output for sign in _NO_NETWORK)
 
 
 def explain(output: str) -> str:
@@ -121,7 +125,7 @@ def explain(output: str) -> str:
             "a file is not the one that was pinned; somebody changed it on the way or at its source. Nothing of it was "
             "installed. If pip's cache is to blame: pip cache purge"
         )
-    if any(sign in output for sign in _NO_NETWORK):
+    if _is_unreachable(output):
         return (
             "no package index could be reached. Is there a network, and does it need a proxy? `pip config list` shows "
             "which index pip asks. On a machine without one, let pip find the wheels in a directory (PIP_FIND_LINKS, "
