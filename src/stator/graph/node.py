@@ -1,16 +1,19 @@
 """One node before anything is started: the graph, the merged configuration, the processes and what each is given."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+
+import msgspec
 
 from stator.config import environment
 from stator.config.decode import Errors, kebab, lookup
 from stator.config.load import Configuration, Section, decode_section, ignored_flags, load_configuration, raise_all
 from stator.config.schema import SERVICE_ARGS, FrontendConfig, WorkerConfig
 from stator.config.tree import Node as TreeNode
-from stator.engines.registry import engine_names
+from stator.engines.environments import resolve_python
+from stator.engines.registry import check_installed, engine_names
 from stator.errors import ConfigError
 from stator.graph import banner, network, token
 from stator.graph.fit import SectionFit, fit_sections, refuse_misfits, warnings_of
@@ -43,6 +46,7 @@ class ServeOptions:
     join_lines: tuple[banner.JoinLine, ...] = ()
     settings: Settings = field(default_factory=Settings)
     assume_gpus: str | None = None
+    allow_untested_engine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,11 @@ def prepare(options: ServeOptions, *, for_start: bool) -> Node:
     plans = plan_processes(graph, sections)
     if not plans:
         raise ConfigError(f"{options.target}: every service has ServiceArgs.workers 0; there is nothing to start")
+    plans, missing = _interpreters(plans)
+    refusal = refusal or missing
+    if for_start:
+        _refuse(refusal)
+        _check_engines(sections, plans, allow_untested=options.allow_untested_engine)
     inventory = _inventory(options, plans)
     if inventory is not None:
         plans = equip(plans, inventory.gpus, inventory.source)
@@ -125,6 +134,30 @@ def prepare(options: ServeOptions, *, for_start: bool) -> Node:
 def _refuse(reason: str | None) -> None:
     if reason is not None:
         raise ConfigError(reason)
+
+
+def _interpreters(plans: Sequence[ProcessPlan]) -> tuple[list[ProcessPlan], str | None]:
+    """The plans with `engine:NAME` read as that engine's interpreter, and why one could not be, if so."""
+    resolved: list[ProcessPlan] = []
+    reason: str | None = None
+    for plan in plans:
+        python = plan.args.python
+        if python is not None:
+            try:
+                plan = replace(plan, args=msgspec.structs.replace(plan.args, python=resolve_python(python)))
+            except ConfigError as error:
+                reason = reason or f"{plan.services[0]}.ServiceArgs.python: {error}"
+        resolved.append(plan)
+    return resolved, reason
+
+
+def _check_engines(sections: Mapping[str, Section], plans: Sequence[ProcessPlan], *, allow_untested: bool) -> None:
+    """What this interpreter lacks is told before anything is started; another's is told by the process it runs."""
+    for plan in plans:
+        for name in plan.services if plan.args.python is None else ():
+            config = sections[name].config
+            if isinstance(config, WorkerConfig):
+                check_installed(config.engine, allow_untested=allow_untested)
 
 
 def _inventory(options: ServeOptions, plans: Sequence[ProcessPlan]) -> Inventory | None:

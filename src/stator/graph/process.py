@@ -14,7 +14,9 @@ from uuid import uuid4
 
 from stator.config.decode import Errors
 from stator.config.load import Configuration, Section, decode_section, raise_all
+from stator.config.schema import WorkerConfig
 from stator.discovery.base import Lease
+from stator.engines.registry import check_installed
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.graph.client import ServiceClient
 from stator.graph.context import InfoFields, ServiceContext
@@ -103,6 +105,9 @@ class ServiceProcess:
             if section is not None:
                 sections[name] = section
         raise_all(errors)
+        for section in sections.values():
+            if isinstance(section.config, WorkerConfig):
+                check_installed(section.config.engine, allow_untested=self._spec.allow_untested_engine)
         return sections
 
     async def _serve(self, planes: Planes, lease: Lease, sections: dict[str, Section]) -> ExitCode:

@@ -26,6 +26,7 @@ class ChildSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     services: consumers before the services they call. index: of this copy, from 1. hub: host and port. sections: the
     merged configuration. advertise: the host that peers are told. copies: processes like this one on this node.
     listen_fd: the socket for clients that the copies share. socket_dir: for Unix sockets among the node's processes.
+    allow_untested_engine: an engine of a version that this one of Stator was not tested with may be used.
     """
 
     target: str
@@ -45,6 +46,7 @@ class ChildSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     copies: int = 1
     listen_fd: int | None = None
     socket_dir: str | None = None
+    allow_untested_engine: bool = False
 
     @property
     def label(self) -> str:

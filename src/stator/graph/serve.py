@@ -159,6 +159,7 @@ def _specs(
         source=node.configuration.source,
         supervisor_pid=0,
         status_fd=0,
+        allow_untested_engine=options.allow_untested_engine,
         socket_dir=resources.enter_context(socket_directory()) if node.needs_sockets() else None,
     )
     listeners: dict[str, int] = {}

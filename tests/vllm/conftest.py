@@ -1,0 +1,30 @@
+"""Tests of real vLLM. They run in the environment that has it (`make test-vllm`), and nowhere else is a file of them
+even imported; a run that came here without it ends with a line that says what was not run.
+
+This directory must never have an `__init__.py`: `tests` is on the path of modules, and the directory would hide vLLM.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from stator.engines.vllm.version import installed_version
+
+HERE = Path(__file__).parent
+NOT_RUN = "not run: tests/vllm, since vLLM is not installed in this environment; make test-vllm installs and runs it"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if installed_version() is None and collection_path.is_relative_to(HERE) else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if installed_version() is None:
+        terminalreporter.write_line(NOT_RUN, yellow=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test without the marker would be left out of `-m vllm`, and nobody would notice."""
+    unmarked = [item.nodeid for item in items if item.path.is_relative_to(HERE) and not item.get_closest_marker("vllm")]
+    if unmarked:
+        raise pytest.UsageError(f"without the marker vllm: {', '.join(unmarked)}")
