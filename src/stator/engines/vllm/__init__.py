@@ -1,0 +1,1 @@
+"""The vLLM engine: an adapter on `AsyncLLM`."""
