@@ -153,7 +153,19 @@ class ModelDownload:
             raise ConfigError(
                 f"model {self._model}: {constants.ENDPOINT} does not say which commit {self._revision} is"
             )
+        self._remember(info.sha)
         return info.sha, True
+
+    def _remember(self, commit: str) -> None:
+        """Where the branch or tag was last seen: what it means without network. The cache may be read-only."""
+        ref = self._storage / "refs" / self._revision
+        part = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):
+            if ref.exists() and ref.read_text() == commit:
+                return
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(commit)
+            part.replace(ref)
 
     def _cached_commit(self) -> str | None:
         found = try_to_load_from_cache(self._model, _CONFIG, cache_dir=self._cache, revision=self._revision)
@@ -186,31 +198,31 @@ class ModelDownload:
         return all((self._snapshot / name).exists() for name in names)
 
     def _listing_in_cache(self) -> dict[str, RepoFile]:
+        """Without the names that contents have in the cache: the library does not give them here."""
         files = get_cached_repo_tree(self._model, revision=self.commit, cache_dir=self._cache)
         return {file.path: file for file in files}
 
     def _listing(self) -> dict[str, RepoFile]:
-        try:
-            return self._listing_in_cache()
-        except CachedRepoTreeNotFoundError:
-            pass
-        # Of the library's calls this one keeps the list in the cache, where vLLM finds it too.
-        self._retrying(
-            lambda: snapshot_download(
+        api = HfApi(endpoint=constants.ENDPOINT)
+
+        def ask() -> dict[str, RepoFile]:
+            entries = api.list_repo_tree(self._model, recursive=True, revision=self.commit)
+            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+        def keep() -> None:
+            snapshot_download(
                 self._model,
                 revision=self.commit,
                 cache_dir=self._cache,
                 endpoint=constants.ENDPOINT,
                 allow_patterns=[_CONFIG],
                 max_workers=1,
-            ),
-            "the list of files",
-        )
-        try:
-            return self._listing_in_cache()
-        except CachedRepoTreeNotFoundError:
-            # The call above is content with a snapshot that it finds when the hub does not answer.
-            raise ConnectionError(f"no list of the files of {self.commit}") from None
+            )
+
+        listing = self._retrying(ask, "the list of files")
+        # Of the library's calls this one keeps the list in the cache, where we and vLLM find it the next time.
+        self._retrying(keep, _CONFIG)
+        return listing
 
     def _fetch_all(self) -> None:
         listing = self._listing()

@@ -4,6 +4,7 @@ Large files are answered with a redirect and carry a SHA-256, small ones come at
 """
 
 import asyncio
+import contextlib
 import hashlib
 import threading
 from collections import Counter
@@ -40,8 +41,8 @@ class FakeModelHub:
     """A context manager; serves in a thread of its own. models: by id, may be changed at any time.
 
     num_gets, num_bytes: by path, what bodies were asked for and how much of them was sent. ranges: the Range headers.
-    hold: while it is clear, bodies of large files stop after their first chunk. holding: set while one does.
-    num_requests: of all kinds. known_tokens: others are "invalid credentials".
+    holding: set once a body that `hold` names is on hold. num_requests: of all kinds. known_tokens: others are "invalid
+    credentials". broken: every answer is 503.
     """
 
     def __init__(self, models: dict[str, FakeModel] | None = None, known_tokens: tuple[str, ...] = ()) -> None:
@@ -51,8 +52,8 @@ class FakeModelHub:
         self.num_bytes: Counter[str] = Counter()
         self.ranges: list[str] = []
         self.num_requests = 0
-        self.hold = threading.Event()
-        self.hold.set()
+        self._held: set[str] = set()
+        self._released = threading.Event()
         self.holding = threading.Event()
         self.broken = False
         self.url = self._files_url = ""
@@ -69,9 +70,20 @@ class FakeModelHub:
 
     def __exit__(self, *_: object) -> None:
         assert self._stopping is not None
-        self.hold.set()
+        self.release()
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(10)
+        self._loop.close()
+
+    def hold(self, *paths: str) -> None:
+        """From now on their bodies stop after the first chunk, until `release`."""
+        self._released.clear()
+        self.holding.clear()
+        self._held = set(paths)
+
+    def release(self) -> None:
+        self._held = set()
+        self._released.set()
 
     async def _serve(self, started: threading.Event) -> None:
         self._stopping = asyncio.Event()
@@ -172,7 +184,8 @@ class FakeModelHub:
         await response.prepare(request)
         if request.method == "GET":
             self.num_gets[path] += 1
-            await self._send(request, response, model, path, begin)
+            with contextlib.suppress(ConnectionError):  # the other side is gone
+                await self._send(request, response, model, path, begin)
         return response
 
     async def _send(
@@ -181,9 +194,9 @@ class FakeModelHub:
         content, cuts = model.files[path], model.cut_after.get(path)
         end = min(len(content), begin + cuts.pop(0)) if cuts else len(content)
         for at in range(begin, end, CHUNK):
-            if at > begin and path.endswith(LARGE) and not self.hold.is_set():
+            if at > begin and path in self._held:
                 self.holding.set()
-                await asyncio.to_thread(self.hold.wait)
+                await asyncio.to_thread(self._released.wait)
             piece = content[at : min(end, at + CHUNK)]
             await response.write(piece)
             self.num_bytes[path] += len(piece)
