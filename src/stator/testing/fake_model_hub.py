@@ -174,33 +174,35 @@ class FakeModelHub:
         model = self.models[f"{request.match_info['org']}/{request.match_info['name']}"]
         path = request.match_info["path"]
         content, begin, status = model.files[path], 0, 200
+        end = len(content)
         response_headers = {**(headers or {}), "ETag": f'"{_blob_id(content)}"'}
         if (asked := request.headers.get("Range")) is not None and request.method == "GET":
             self.ranges.append(asked)
-            begin, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
-            response_headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            begin, end, status = int(first), min(end, int(last) + 1) if last else end, 206
+            response_headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
         response = web.StreamResponse(status=status, headers=response_headers)
-        response.content_length = len(content) - begin
+        response.content_length = end - begin
         await response.prepare(request)
         if request.method == "GET":
             self.num_gets[path] += 1
             with contextlib.suppress(ConnectionError):  # the other side is gone
-                await self._send(request, response, model, path, begin)
+                await self._send(request, response, model, path, begin, end)
         return response
 
     async def _send(
-        self, request: web.Request, response: web.StreamResponse, model: FakeModel, path: str, begin: int
+        self, request: web.Request, response: web.StreamResponse, model: FakeModel, path: str, begin: int, end: int
     ) -> None:
         content, cuts = model.files[path], model.cut_after.get(path)
-        end = min(len(content), begin + cuts.pop(0)) if cuts else len(content)
-        for at in range(begin, end, CHUNK):
+        cut = min(end, begin + cuts.pop(0)) if cuts else end
+        for at in range(begin, cut, CHUNK):
             if at > begin and path in self._held:
                 self.holding.set()
                 await asyncio.to_thread(self._released.wait)
-            piece = content[at : min(end, at + CHUNK)]
+            piece = content[at : min(cut, at + CHUNK)]
             await response.write(piece)
             self.num_bytes[path] += len(piece)
-        if end < len(content) and request.transport is not None:
+        if cut < end and request.transport is not None:
             request.transport.close()
 
 
