@@ -5,7 +5,7 @@ from random import Random
 from components.router import Router
 from components.worker import VllmWorker
 from stator import processor
-from stator.config.models import resolve_model
+from stator.config.hub import Needs, resolve_async
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 from stator.messages.processor import CompletionDelta
@@ -24,7 +24,8 @@ class Processor:
     @on_start
     async def start(self, context: ServiceContext) -> None:
         config = context.config
-        model_dir = resolve_model(config.model)
+        # A model on the hub may have to be downloaded first; of it only the small files are needed here.
+        model_dir = (await resolve_async(config.model, config.revision, needs=Needs.TOKENIZER)).directory
         # A graph without a Router still needs somebody to choose the worker: then it is done here.
         self.routes = LinkedRouter(context.client, self.router.target) if self.router.linked else choose_here(context)
         self.processor = processor.Processor(

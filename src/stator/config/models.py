@@ -1,6 +1,7 @@
-"""Where a model is: a directory in Hugging Face's layout, or one of the bundled models."""
+"""Where a model is: a directory in Hugging Face's layout, a model on the hub, or one of the bundled models."""
 
 import difflib
+import re
 from pathlib import Path
 
 from stator.errors import ConfigError
@@ -9,10 +10,19 @@ BUNDLED_SCHEME = "stator:"
 BUNDLED_MODELS = ("tiny-llama", "tiny-decilm")
 
 _BUNDLED_DIRECTORY = Path(__file__).parent.parent / "models"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def hub_id(value: str) -> str | None:
+    """The value if it names a model on the hub, `org/name`. A directory of that name comes first, as in vLLM."""
+    return value if _HUB_ID.fullmatch(value) and not Path(value).exists() else None
 
 
 def resolve_model(value: str) -> Path:
-    """`stator:NAME` or a directory with a config.json. Raises ConfigError saying what was looked for, and where."""
+    """`stator:NAME` or a directory with a config.json; never a hub id, for which see config.hub.
+
+    Raises ConfigError saying what was looked for, and where.
+    """
     if value.startswith(BUNDLED_SCHEME):
         return _bundled(value)
     path = Path(value).expanduser()
@@ -26,7 +36,7 @@ def resolve_model(value: str) -> Path:
     known = ", ".join(BUNDLED_SCHEME + name for name in BUNDLED_MODELS)
     raise ConfigError(
         f"model {value}: there is no directory {path.resolve()}; give the directory of a downloaded model "
-        f"(config.json, tokenizer.json, *.safetensors) or a bundled one: {known}"
+        f"(config.json, tokenizer.json, *.safetensors), the id of one on the hub (org/name) or a bundled one: {known}"
     )
 
 

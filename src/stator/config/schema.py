@@ -21,7 +21,10 @@ _BlockSize = Annotated[int, Meta(ge=1, description="Tokens in a KV block.", extr
 _MaxModelLen = Annotated[
     int, Meta(ge=2, description="Longest prompt and output together; default: the model's.", extra={"unit": "tokens"})
 ]
-_Model = Annotated[str, Meta(min_length=1, description="A model's directory, or a bundled model: stator:NAME.")]
+_Model = Annotated[
+    str,
+    Meta(min_length=1, description="A model's directory, its id on the hub (org/name), or a bundled one: stator:NAME."),
+]
 
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +72,10 @@ class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Templates, tokens and text."""
 
     model: _Model
+    revision: (
+        Annotated[str, Meta(min_length=1, description="Branch, tag or commit of a model on the hub; default: main.")]
+        | None
+    ) = None
     served_model_name: Annotated[str, Meta(description="Name clients ask for; default: Frontend's.")] | None = None
     block_size: _BlockSize = 64
     max_model_len: _MaxModelLen | None = None

@@ -50,9 +50,9 @@ def own_flags(name: str) -> tuple[dict[str, Any], frozenset[str]] | None:
 def _local(values: Mapping[str, Any]) -> Engine:
     from stator.engines.local.args import args_from_section
     from stator.engines.local.engine import LocalEngine
-    from stator.engines.local.load import numpy_runner
+    from stator.engines.local.load import numpy_runner, with_local_model
 
-    return LocalEngine(args_from_section(values), runner_factory=numpy_runner)
+    return LocalEngine(args_from_section(values), runner_factory=numpy_runner, prepare=with_local_model)
 
 
 def _vllm(values: Mapping[str, Any]) -> Engine:

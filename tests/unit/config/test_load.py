@@ -147,7 +147,7 @@ def test_text_stays_as_it_was_written(tmp_path: Path) -> None:
 def test_every_error_names_its_place_what_was_found_and_what_was_expected(tmp_path: Path) -> None:
     text = "Processor:\n  model: m\n  blok-size: 1\n  migration-limit: -1\n  router: kw\n  max-model-len: true\n"
     assert fails(tmp_path, text, service="Processor").splitlines() == [
-        "c.yaml:3: Processor.blok-size: unknown key (did you mean block-size?); known: model, "
+        "c.yaml:3: Processor.blok-size: unknown key (did you mean block-size?); known: model, revision, "
         "served-model-name, block-size, max-model-len, migration-limit, router, trust-remote-code",
         "c.yaml:4: Processor.migration-limit: found -1, expected a whole number, at least 0",
         'c.yaml:5: Processor.router: found "kw", expected one of kv, round-robin, random, least-loaded',

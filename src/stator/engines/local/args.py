@@ -31,7 +31,6 @@ WITHOUT_MEANING_HERE = frozenset(
         "node_rank",
         "pipeline_parallel_size",
         "quantization",
-        "revision",
         "swap_space",
         "tensor_parallel_size",
         "tokenizer",
@@ -44,7 +43,8 @@ WITHOUT_MEANING_HERE = frozenset(
 
 
 class LocalEngineArgs(msgspec.Struct, frozen=True, kw_only=True):
-    """model: a Hugging Face directory, or `stator:NAME`. served_model_name: what clients ask for; default `model`.
+    """model: a Hugging Face directory, its id on the hub, or `stator:NAME`. revision: branch, tag or commit on the hub.
+    served_model_name: what clients ask for; default `model`.
 
     block_size: tokens per KV block. max_num_seqs: sequences computed at once. max_num_batched_tokens: tokens per step.
     max_model_len: prompt and output tokens; None for the model's, or what the KV blocks hold if that is less.
@@ -54,6 +54,7 @@ class LocalEngineArgs(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
+    revision: str | None = None
     served_model_name: str | None = None
     block_size: int = 64
     max_num_seqs: int = 64

@@ -8,7 +8,7 @@ worker thread only ever sees a step's chunks and block contents.
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from stator import __version__
@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 RunnerFactory = Callable[[LocalEngineArgs], Runner]
 """Loads the model; runs on the engine's worker thread. Raises ConfigError for one that cannot be used."""
 
+Prepare = Callable[[LocalEngineArgs], Awaitable[LocalEngineArgs]]
+"""What has to be waited for before the model can be loaded; may be cancelled. Returns what the runner is made from."""
+
 
 @dataclass(slots=True, eq=False)
 class _Stream:
@@ -65,12 +68,18 @@ class LocalEngine:
     """Implements engines.base.Engine; all methods are for the event loop on which `start` was called."""
 
     def __init__(
-        self, args: LocalEngineArgs, *, runner_factory: RunnerFactory, rng: random.Random | None = None
+        self,
+        args: LocalEngineArgs,
+        *,
+        runner_factory: RunnerFactory,
+        prepare: Prepare | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         """rng: draws transfer ids, and seeds for requests without one; by default seeded by args.seed, else by the
         system."""
         self._args = args
         self._runner_factory = runner_factory
+        self._prepare = prepare
         self._rng = rng if rng is not None else random.Random(args.seed)
         self._streams: dict[RequestId, _Stream] = {}
         self._listeners: dict[int, KvListener] = {}
@@ -83,6 +92,8 @@ class LocalEngine:
     async def start(self, host: EngineHost) -> EngineInfo:
         args = self._args
         args.check()
+        if self._prepare is not None:
+            args = await self._prepare(args)
         self._host = host
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()

@@ -1,6 +1,8 @@
 """Makes the numpy runner that a local engine's settings ask for."""
 
-from stator.config.models import resolve_model
+import msgspec
+
+from stator.config.hub import resolve, resolve_async
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.model_config import ModelConfig, load_model_config
 from stator.engines.local.numpy_runner import NumpyRunner
@@ -15,9 +17,20 @@ def kv_block_bytes(config: ModelConfig, block_size: int) -> int:
     return 2 * num_heads * config.head_dim * block_size * _KV_ITEM_BYTES
 
 
+async def with_local_model(args: LocalEngineArgs) -> LocalEngineArgs:
+    """The model's directory in place of its id on the hub, downloaded if it has to be; the name stays.
+
+    Apart from the runner's factory, since a thread that loads cannot be interrupted, and a download must be.
+    """
+    resolved = await resolve_async(args.model, args.revision)
+    if not resolved.revision:
+        return msgspec.structs.replace(args, revision=None)
+    return msgspec.structs.replace(args, model=str(resolved.directory), revision=None, served_model_name=args.name)
+
+
 def numpy_runner(args: LocalEngineArgs) -> NumpyRunner:
     """A RunnerFactory. Raises ConfigError for a model that cannot be loaded, or memory for less than one block."""
-    path = resolve_model(args.model)
+    path = resolve(args.model, args.revision).directory
     num_blocks = args.num_gpu_blocks_override
     if num_blocks is None:
         block_bytes = kv_block_bytes(load_model_config(path), args.block_size)
