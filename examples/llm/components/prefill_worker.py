@@ -18,7 +18,7 @@ class PrefillWorker:
         host = worker.WorkerHost(
             instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
         )
-        info = await self.engine.start(host)
+        info = await worker.start_engine(self.engine, context.config, host)
         context.info_fields(model=info.model, engine=info)
         self.jobs = worker.PrefillWorker(
             engine=self.engine,

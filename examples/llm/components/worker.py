@@ -20,7 +20,7 @@ class VllmWorker:
         host = worker.WorkerHost(
             instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
         )
-        info = await self.engine.start(host)
+        info = await worker.start_engine(self.engine, context.config, host)
         context.info_fields(model=info.model, engine=info)
         self.requests = worker.DecodeWorker(
             engine=self.engine,

@@ -179,7 +179,9 @@ def demo(
 def plan(
     context: typer.Context,
     target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="Default: the example graph.")] = None,
-    file: Annotated[Path, typer.Option("--file", "-f", help="YAML with a section per service.")] = DEMO_CONFIG,
+    file: Annotated[Path, typer.Option("--file", "-f", help="YAML with a section per service.")] = DEMO_CONFIGS[
+        "local"
+    ],
     gpus: Annotated[
         str | None,
         typer.Option(metavar="COUNTxNAME-MEMORY", help="A machine's GPUs (8xH100-80GB); default: this machine's."),

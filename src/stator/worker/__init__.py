@@ -1,7 +1,7 @@
 """Thin shells around engines: the decode worker and the prefill worker."""
 
 from stator.worker.decode import PREFILL_QUEUE, DecodeWorker, disagg_policy
-from stator.worker.engine import make_engine
+from stator.worker.engine import make_engine, start_engine
 from stator.worker.host import WorkerHost
 from stator.worker.kv_events import KvPublisher
 from stator.worker.prefill import PrefillWorker
@@ -14,4 +14,5 @@ __all__ = [
     "WorkerHost",
     "disagg_policy",
     "make_engine",
+    "start_engine",
 ]

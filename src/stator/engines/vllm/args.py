@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from stator.errors import ConfigError
@@ -22,10 +23,14 @@ OURS = {
 _CPU_DEFAULTS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM would bind every engine of a machine to the same cores."""
 
+_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""On CPUs vLLM gives a single worker a process of its own for the binding only: half a GB and ten seconds of imports."""
+
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """flags: vLLM's, by name with underscores, less those below. model: a directory or a hub id, as vLLM is told.
+    """model: a directory, stator:NAME or a hub id, of which revision is a branch, tag or commit. flags: of vLLM, by
+    name with underscores, less those below.
 
     name: served; in block hashes and to clients. lora_modules: adapter names and their directories.
     """
@@ -33,12 +38,19 @@ class VllmSettings:
     model: str
     name: str
     flags: dict[str, Any]
+    revision: str | None = None
     kv_transfer_config: dict[str, Any] | str | None = None
     lora_modules: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def prefix_caching(self) -> bool:
         return self.flags.get("enable_prefix_caching") is not False
+
+    @property
+    def num_workers(self) -> int:
+        """vLLM's worker processes for each data-parallel rank: tensor times pipeline parallel size."""
+        sizes = (self.flags.get(key) for key in ("tensor_parallel_size", "pipeline_parallel_size"))
+        return prod(int(size or 1) for size in sizes)
 
     @property
     def dp_ranks(self) -> int:
@@ -58,7 +70,8 @@ def settings_from_section(values: Mapping[str, Any]) -> VllmSettings:
     name = names[0] if isinstance(names, list) and names else names
     kv_transfer_config = flags.pop("kv_transfer_config", None)
     lora_modules = flags.pop("lora_modules", None) or {}
-    return VllmSettings(model, str(name or model), flags, kv_transfer_config, dict(lora_modules))
+    revision = flags.pop("revision", None)
+    return VllmSettings(model, str(name or model), flags, revision, kv_transfer_config, dict(lora_modules))
 
 
 def command_line(settings: VllmSettings, *, model: str, kv_transfer: Mapping[str, Any], **added: Any) -> list[str]:
@@ -86,9 +99,10 @@ def _argument(key: str, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
-def set_environment(added: Mapping[str, str], *, gpu: bool) -> None:
+def set_environment(added: Mapping[str, str], *, gpu: bool, num_workers: int) -> None:
     """Before vLLM is imported: its processes inherit it. What is set already stays."""
-    for key, value in {**added, **({} if gpu else _CPU_DEFAULTS)}.items():
+    on_cpus = {} if gpu else {**_CPU_DEFAULTS, **(_ONE_PROCESS if num_workers == 1 else {})}
+    for key, value in {**added, **on_cpus}.items():
         os.environ.setdefault(key, value)
 
 

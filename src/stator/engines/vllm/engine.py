@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stator.config.hub import Needs, resolve_async
 from stator.core.hashing import block_hashes
 from stator.core.sequence_limits import resumed_finish, validate
 from stator.engines.base import EngineHost, KvListener
@@ -112,8 +113,11 @@ class VllmEngine:
             added |= vllm_args.cpu_flags(settings)
         if settings.lora_modules:
             added["enable_lora"] = True
-        vllm_args.set_environment(plan.environment, gpu=gpu)
-        arguments = vllm_args.command_line(settings, model=settings.model, kv_transfer=plan.config, **added)
+        model = await resolve_async(settings.model, settings.revision, needs=Needs.VLLM)
+        if model.revision:
+            added |= {"revision": model.revision, "tokenizer_revision": model.revision}
+        vllm_args.set_environment(plan.environment, gpu=gpu, num_workers=settings.num_workers)
+        arguments = vllm_args.command_line(settings, model=model.engine_model_string, kv_transfer=plan.config, **added)
         return await self._launcher.start(arguments, self._counter.record)
 
     def _plane(self, host: EngineHost) -> connectors.TransferPlane:

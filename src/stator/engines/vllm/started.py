@@ -47,9 +47,13 @@ class ProcessLaunch:
 
 
 def build(arguments: list[str], record: Record) -> Any:
+    """An AsyncLLM with its processes, in some seconds to minutes. Raises ConfigError for arguments it refuses."""
     from vllm.usage.usage_lib import UsageContext  # pyright: ignore[reportMissingImports]
     from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
+    from stator.engines.vllm import nemotron_nas
+
+    nemotron_nas.register()
     parsed = vllm_args.parse(arguments)
     return AsyncLLM.from_engine_args(
         parsed, usage_context=UsageContext.ENGINE_CONTEXT, stat_loggers=[_stat_logger(record)]
