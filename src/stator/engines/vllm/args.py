@@ -24,7 +24,7 @@ _CPU_DEFAULTS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM would bind every engine of a machine to the same cores."""
 
 _ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""On CPUs vLLM gives a single worker a process of its own for the binding only: half a GB and ten seconds of imports."""
+"""On CPUs vLLM gives a single worker a process of its own, for the binding only: half a GB and ten seconds."""
 
 
 @dataclass(frozen=True, slots=True)
