@@ -3,6 +3,7 @@ process of the tests, which imports vLLM once."""
 
 import multiprocessing
 import os
+import signal
 import sys
 from typing import Any
 
@@ -40,6 +41,10 @@ class ForkLaunch:
 
     async def start(self, arguments: list[str], record: started.Record) -> started.StartedVllm:
         return started.StartedVllm(started.build(arguments, record))
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
 
 
 def engine(section: dict[str, Any], *, hold_s: float = 30.0) -> VllmEngine:

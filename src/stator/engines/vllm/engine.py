@@ -197,6 +197,10 @@ class VllmEngine:
             return lambda: None
         return self._feed.watch(listener)
 
+    def core_pids(self) -> list[int]:
+        """Of vLLM's processes that this one started."""
+        return [] if self._llm is None else self._llm.core_pids()
+
     async def kv_events_settled(self) -> None:
         """Until what vLLM has published so far is applied; for tests and shut-downs, since it asks vLLM."""
         if self._feed is not None:

@@ -176,6 +176,9 @@ class StartedVllm:
     async def call_workers(self, method: str, arguments: tuple[Any, ...]) -> Sequence[Any]:
         return await self._llm.collective_rpc(method, args=arguments)
 
+    def core_pids(self) -> list[int]:
+        return [process.pid for process in self._llm.engine_core.resources.engine_manager.processes]
+
     def cached_split(self, output: Any, core_id: str | None) -> tuple[int, int]:
         """(tokens from the engine's own prefix cache, tokens from a peer) of the prompt that was just computed."""
         split = self._splits.pop(core_id or "", None)

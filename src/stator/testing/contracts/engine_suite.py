@@ -85,7 +85,8 @@ class EngineSuite:
             await one.host.server.close()
 
     def make_engine(self, settings: EngineSettings) -> Engine:
-        """An engine with exactly that many blocks, prefix caching, and a context of at least 24 blocks of tokens."""
+        """An engine with exactly that many blocks, prefix caching, and a context of at least 24 blocks of tokens, or of
+        all blocks if there are fewer."""
         raise NotImplementedError
 
     def prompt(self, num_tokens: int, seed: int = 0) -> list[int]:
