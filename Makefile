@@ -32,7 +32,7 @@ test: $(VENV)/.test
 	$(PYTEST) -n 2 tests/unit tests/contract tests/sim
 	$(PYTEST) tests/integration
 	$(PYTEST) tests/e2e
-	@test -e $(VLLM)/stator-engine.json || echo "not run: tests/vllm (real vLLM on CPUs), which is not installed; make test-vllm installs and runs it"
+	@grep -qs '"ready": true' $(VLLM)/stator-engine.json || echo "not run: tests/vllm (real vLLM on CPUs), which is not installed; make test-vllm installs and runs it"
 
 # The gate: formatting, lint, strict types, import rules, unit tests.
 check: $(VENV)/.dev
