@@ -1,5 +1,6 @@
 """The engine contract on vLLM, with Stator's own connector."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import stator
 from stator.engines.base import Engine
 from stator.engines.vllm.engine import VllmEngine
 from stator.testing.contracts.engine import EngineContract
-from stator.testing.contracts.engine_suite import EngineSettings
+from stator.testing.contracts.engine_suite import EngineSettings, Scenario
 from vllm_engines import forked
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
@@ -16,9 +17,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120), pytest.mark.filterwarn
 MODEL = Path(stator.__file__).parent / "models" / "tiny-llama"
 
 
+POOL = forked.EnginePool()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def vllm() -> None:
+def vllm() -> Iterator[None]:
     forked.prepare()
+    yield
+    POOL.close()
 
 
 class TestVllmEngine(EngineContract):
@@ -43,6 +49,13 @@ class TestVllmEngine(EngineContract):
             "enforce_eager": True,
         }
         return forked.engine(section, hold_s=settings.transfer_hold_s)
+
+    def run(self, scenario: Scenario, settings: EngineSettings | None = None, *, ends_engines: bool = False) -> None:
+        if ends_engines:
+            super().run(scenario, settings)
+        else:
+            chosen = settings or EngineSettings()
+            POOL.run(scenario, chosen, lambda: self.make_engine(chosen))
 
     async def settle(self, engine: Engine) -> None:
         assert isinstance(engine, VllmEngine)

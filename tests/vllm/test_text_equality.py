@@ -53,7 +53,13 @@ def prompts() -> list[list[int]]:
         return [rng.randrange(300, 3000) for _ in range(count)]
 
     tokenizer = ModelTokenizer.load(MODEL)
-    texts = ["Grüße aus Köln: äöü ß €", "日本語のテキスト、長い文章。", "שלום עולם", "🦊🐇 naïve café", "In the beginning"]
+    texts = [
+        "Grüße aus Köln: äöü ß €",
+        "日本語のテキスト、長い文章。",
+        "שלום עולם",
+        "🦊🐇 naïve café",
+        "In the beginning",
+    ]
     shared = words(3 * SIZE + 5)
     found = [words(n) for n in (1, 2, 3, 5, 8, 13, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE - 1, 2 * SIZE, 2 * SIZE + 1)]
     found += [words(n) for n in (3 * SIZE, 4 * SIZE + 7, 200, 256, 257, 300, 400, 512, 513, 700)]

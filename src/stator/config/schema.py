@@ -112,6 +112,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_transfer_config: (
         Annotated[dict[str, Any] | str, Meta(description="vLLM's KV connector: a mapping, or JSON text.")] | None
     ) = None
+    lora_modules: Annotated[dict[str, str], Meta(description="LoRA adapters: name and directory (engine vllm).")] = {}
     engine_args: dict[str, Any] = {}
     engine_arg_origins: dict[str, str] = {}
     engine_args_ignored: tuple[str, ...] = ()
@@ -122,6 +123,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             "model": self.model,
             "served_model_name": self.served_model_name,
             "kv_transfer_config": self.kv_transfer_config,
+            "lora_modules": self.lora_modules or None,
         }
         return {**self.engine_args, **{key: value for key, value in shared.items() if value is not None}}
 

@@ -25,6 +25,7 @@ WITHOUT_MEANING_HERE = frozenset(
         "gpu_memory_utilization",
         "kv_cache_dtype",
         "kv_transfer_config",
+        "lora_modules",
         "load_format",
         "max_seq_len_to_capture",
         "nnodes",

@@ -274,6 +274,7 @@ class EngineContract(EngineTransferContract):
 
     def test_load_counters_add_up(self) -> None:
         async def scenario(one: BenchEngine, two: BenchEngine) -> None:
+            before = one.engine.load()
             lengths = [5, 2 * self.block_size, 2 * self.block_size, 3 * self.block_size + 1]
             for index, length in enumerate(lengths):
                 request = make_request(str(index), self.prompt(length))
@@ -281,16 +282,16 @@ class EngineContract(EngineTransferContract):
                 transferred = with_transfer(request, result.transfer) if result is not None else request
                 await one.text(transferred)
             load = one.engine.load()
-            assert load.prompt_tokens_total == sum(lengths)
-            assert load.generation_tokens_total == 12 * len(lengths)
+            assert load.prompt_tokens_total - before.prompt_tokens_total == sum(lengths)
+            assert load.generation_tokens_total - before.generation_tokens_total == 12 * len(lengths)
             parts = (
-                load.prompt_tokens_cached_total,
-                load.prompt_tokens_computed_total,
-                load.prompt_tokens_transferred_total,
+                load.prompt_tokens_cached_total - before.prompt_tokens_cached_total,
+                load.prompt_tokens_computed_total - before.prompt_tokens_computed_total,
+                load.prompt_tokens_transferred_total - before.prompt_tokens_transferred_total,
             )
             assert sum(parts) == sum(lengths)
             assert min(parts) > 0
-            assert load.steps_total > 0
+            assert load.steps_total > before.steps_total
             assert load.num_blocks == one.info.num_blocks
 
         self.run(scenario)
@@ -315,5 +316,5 @@ class EngineContract(EngineTransferContract):
             assert one.host.dead == two.host.dead == [], "a stop is no death"
 
         before = set(threading.enumerate())
-        self.run(scenario)
+        self.run(scenario, ends_engines=True)
         assert set(threading.enumerate()) <= before

@@ -92,8 +92,9 @@ class EngineSuite:
     def prompt(self, num_tokens: int, seed: int = 0) -> list[int]:
         return random.Random(seed).choices(range(4, self.vocab_size), k=num_tokens)
 
-    def run(self, scenario: Scenario, settings: EngineSettings | None = None) -> None:
-        """Run a scenario on two engines that reach each other; afterwards neither may use a block."""
+    def run(self, scenario: Scenario, settings: EngineSettings | None = None, *, ends_engines: bool = False) -> None:
+        """Run a scenario on two engines that reach each other; afterwards neither may use a block. A suite whose
+        engines are slow to start may use them again, with empty caches, after a scenario that does not end them."""
         chosen = settings or EngineSettings()
 
         async def main() -> None:

@@ -132,7 +132,7 @@ class EngineTransferContract(EngineSuite):
                 await asyncio.gather(*closing)
                 one.engine.release(TransferId(result.transfer["transfer_id"]))
 
-            self.run(scenario)
+            self.run(scenario, ends_engines=True)
 
     def test_abort_in_the_transfer_window_frees_both_sides(self) -> None:
         async def scenario(one: BenchEngine, two: BenchEngine) -> None:
