@@ -1,0 +1,266 @@
+"""The adapter's own decisions, with a vLLM that does what it is told: the contract suite runs on the real one."""
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from stator.engines.vllm import engine as adapter
+from stator.engines.vllm.args import settings_from_section
+from stator.engines.vllm.connectors import STATOR_CONNECTOR
+from stator.engines.vllm.engine import VllmEngine
+from stator.engines.vllm.transfer import VllmTransfer, result_transfer
+from stator.errors import ConfigError, ErrorCode
+from stator.ids import RequestId, TransferId
+from stator.messages.engine import EngineRequest, FinishReason
+from stator.testing.contracts.engine_suite import make_request, with_transfer
+from stator.testing.engine_bench import BenchEngine, RecordingSink, running_engines, until
+
+
+@dataclass
+class Added:
+    request_id: str
+    sampling: dict[str, Any]
+    on_output: Callable[[Any], None]
+    lora: Any
+    priority: int
+
+
+@dataclass
+class FakeVllm:
+    """Stands for StartedVllm. gate: what `add` waits for."""
+
+    arguments: list[str]
+    block_size: int = 4
+    num_blocks: int = 64
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 64
+    max_model_len: int = 256
+    vocab_size: int = 1000
+    version: str = "0.32.0"
+    device: str = "cpu"
+    eos_token_ids: frozenset[int] = frozenset({2})
+    config: Any = None
+    added: list[Added] = field(default_factory=list[Added])
+    aborted: list[str] = field(default_factory=list[str])
+    shut_downs: int = 0
+    split: tuple[int, int] = (0, 0)
+    died: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    def on_dead(self, callback: Callable[[str], None]) -> None:
+        self.died = callback
+
+    async def add(self, request_id: str, token_ids: list[int], sampling: dict[str, Any], **others: Any) -> None:
+        await self.gate.wait()
+        others["on_added"](f"core-{request_id}")
+        self.added.append(Added(request_id, sampling, others["on_output"], others["lora"], others["priority"]))
+
+    async def abort(self, core_id: str) -> None:
+        self.aborted.append(core_id)
+
+    async def reset_prefix_cache(self) -> bool:
+        return True
+
+    async def call_workers(self, method: str, arguments: tuple[Any, ...]) -> Sequence[Any]:
+        return []
+
+    def cached_split(self, output: Any, core_id: str | None) -> tuple[int, int]:
+        return self.split
+
+    async def shut_down(self, timeout_s: float) -> None:
+        self.shut_downs += 1
+
+
+class FakeLaunch:
+    def __init__(self, fails: Exception | None = None) -> None:
+        self.fails = fails
+        self.vllm: FakeVllm | None = None
+
+    def has_gpu(self) -> bool:
+        return False
+
+    async def start(self, arguments: list[str], record: Any) -> Any:
+        if self.fails is not None:
+            raise self.fails
+        self.vllm = FakeVllm(arguments)
+        return self.vllm
+
+
+def output(token_ids: list[int], reason: str | None = None, params: dict[str, Any] | None = None) -> Any:
+    completion = SimpleNamespace(token_ids=token_ids, finish_reason=reason)
+    return SimpleNamespace(outputs=[completion], kv_transfer_params=params)
+
+
+def in_loop(test: Callable[..., Any]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*arguments: Any, **named: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*arguments, **named), 20))
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here publishes KV events or has a model's configuration."""
+    monkeypatch.setattr(adapter, "engine_pairing", lambda *_, **__: {"engine": "vllm"})
+
+
+SECTION = {"model": "stator:tiny-llama", "served_model_name": "m", "enable_prefix_caching": False}
+
+
+@contextlib.asynccontextmanager
+async def running(**section: Any) -> AsyncGenerator[tuple[BenchEngine, FakeVllm]]:
+    launch = FakeLaunch()
+    engine = VllmEngine(settings_from_section({**SECTION, **section}), launcher=launch)
+    async with running_engines(engine) as (one,):
+        assert launch.vllm is not None
+        yield one, launch.vllm
+
+
+async def sent(one: BenchEngine, vllm: FakeVllm, request: EngineRequest) -> tuple[RecordingSink, Added]:
+    sink = one.generate(request)
+    count = len(vllm.added)
+    await until(lambda: len(vllm.added) > count)
+    return sink, vllm.added[-1]
+
+
+@in_loop
+async def test_tokens_and_the_end() -> None:
+    async with running() as (one, vllm):
+        vllm.split = (8, 0)
+        sink, added = await sent(one, vllm, make_request("r", [5] * 9))
+        added.on_output(output([7, 8]))
+        added.on_output(output([9], "length"))
+        assert (sink.token_ids, sink.finish_reason, sink.num_cached) == ([7, 8, 9], FinishReason.LENGTH, 8)
+        assert sink.ended.is_set() and sink.error is None
+        added.on_output(output([1]))  # after the end: nothing
+        assert vllm.aborted == []
+
+
+@in_loop
+async def test_an_abort_before_vllm_has_the_request_is_carried_out_after() -> None:
+    async with running() as (one, vllm):
+        vllm.gate.clear()
+        sink = one.generate(make_request("r", [5]))
+        await asyncio.sleep(0)
+        one.engine.abort(RequestId("r"))
+        assert (await sink.wait_error()).code is ErrorCode.CANCELLED
+        vllm.gate.set()
+        await until(lambda: vllm.aborted == ["core-r"])
+        vllm.added[0].on_output(output([7]))
+        assert sink.received == []
+
+
+@in_loop
+async def test_endings_that_are_no_endings_are_failures() -> None:
+    async with running() as (one, vllm):
+        for reason in ("abort", "error"):
+            sink, added = await sent(one, vllm, make_request(reason, [5]))
+            added.on_output(output([], reason))
+            assert (await sink.wait_error()).code is ErrorCode.ENGINE_DEAD
+        sink, added = await sent(one, vllm, make_request("x", [5]))
+        added.on_output(type("EngineDeadError", (Exception,), {})("gone"))
+        assert (await sink.wait_error()).code is ErrorCode.ENGINE_DEAD
+
+
+@in_loop
+async def test_a_death_is_told_once_and_ends_everything() -> None:
+    async with running() as (one, vllm):
+        sink, _ = await sent(one, vllm, make_request("r", [5]))
+        assert vllm.died is not None
+        vllm.died("killed")
+        vllm.died("killed")
+        assert (await sink.wait_error()).code is ErrorCode.ENGINE_DEAD
+        assert one.host.dead == ["killed"]
+        assert (await one.generate(make_request("late", [5])).wait_error()).code is ErrorCode.ENGINE_DEAD
+
+
+@in_loop
+async def test_lora_adapters_go_by_name() -> None:
+    async with running(lora_modules={"a": "/a", "b": "/b"}) as (one, vllm):
+        assert "--enable-lora" in vllm.arguments
+        request = make_request("r", [5])
+        with_lora = EngineRequest(request.request_id, request.prompt_ids, request.sampling, lora_name="b", priority=3)
+        _, added = await sent(one, vllm, with_lora)
+        assert (added.lora, added.priority) == (("b", 2, "/b"), 3)
+        unknown = EngineRequest(RequestId("u"), request.prompt_ids, request.sampling, lora_name="c")
+        error = await one.generate(unknown).wait_error()
+        assert error.code is ErrorCode.MODEL_NOT_FOUND and "a, b" in error.message
+        added.on_output(output([1], "stop"))
+
+
+def transfer(request: EngineRequest, port: int) -> dict[str, Any]:
+    params = {"transfer_id": "t", "remote_instance_id": "p", "remote_addresses": [[f"tcp://127.0.0.1:{port}"]]}
+    return result_transfer(
+        params, connector=STATOR_CONNECTOR, transfer_id=TransferId("t"), request=request, num_cached_tokens=4
+    )
+
+
+@in_loop
+async def test_a_transfer_goes_over_only_if_its_peer_lives_and_it_fits() -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    request = make_request("r", [5] * 9)
+    async with running() as (one, vllm):
+        vllm.split = (0, 8)
+        sink, added = await sent(one, vllm, with_transfer(request, transfer(request, port)))
+        assert added.sampling["extra_args"]["kv_transfer_params"]["transfer_id"] == "t"
+        added.on_output(output([1], "stop"))
+        assert (sink.num_cached, sink.num_transferred) == (4, 8)
+        other = make_request("o", [6] * 9)
+        _, added = await sent(one, vllm, with_transfer(other, transfer(request, port), "o"))
+        assert "extra_args" not in added.sampling, "made for other tokens"
+        added.on_output(output([1], "stop"))
+        server.close()
+        await server.wait_closed()
+        _, added = await sent(one, vllm, with_transfer(request, transfer(request, port), "late"))
+        assert "extra_args" not in added.sampling, "nobody is there"
+        added.on_output(output([1], "stop"))
+
+
+@in_loop
+async def test_a_prefill_is_handed_over_as_what_vllm_answered() -> None:
+    async with running() as (one, vllm):
+        sink = RecordingSink()
+        request = make_request("p", [5] * 9)
+        one.engine.prefill(request, sink)
+        await until(lambda: bool(vllm.added))
+        vllm.split = (4, 0)
+        vllm.added[0].on_output(output([3], "length", {"do_remote_prefill": True}))
+        result = sink.prefill_result
+        assert (result.num_prompt_tokens, result.num_cached_tokens) == (9, 4)
+        handed = msgspec.convert(result.transfer, VllmTransfer)
+        assert (handed.num_tokens, handed.params) == (9, {"do_remote_prefill": True})
+        empty = RecordingSink()
+        one.engine.prefill(make_request("q", [5]), empty)
+        await until(lambda: len(vllm.added) == 2)
+        vllm.added[1].on_output(output([3], "length"))
+        assert (await empty.wait_error()).code is ErrorCode.TRANSFER_FAILED
+
+
+@in_loop
+async def test_a_start_that_fails_leaves_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    engine = VllmEngine(settings_from_section(SECTION), launcher=FakeLaunch(ConfigError("no such flag")))
+    with pytest.raises(ConfigError, match="no such flag"):
+        async with running_engines(engine):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    assert engine.load().num_blocks_used == 0
+
+
+@in_loop
+async def test_the_token_is_in_a_file_of_ours_and_not_in_the_arguments() -> None:
+    async with running() as (_, vllm):
+        assert "bench" not in " ".join(vllm.arguments)
+        assert "token_file" in " ".join(vllm.arguments)
