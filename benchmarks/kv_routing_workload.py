@@ -25,7 +25,7 @@ from stator.engines.local.load import numpy_runner
 from stator.messages.engine import EngineInfo
 from stator.router.step_time import shipped_step_times
 from stator.runtime.loop import run_loop
-from stator.testing.routing_world import MODEL, Answer, Outcome, outcome, routing_world
+from stator.testing.routing_world import MODEL, Answer, Outcome, local_engines, outcome, routing_world
 from stator.testing.timed_runner import TimedRunner
 
 NUM_WORKERS = 4
@@ -107,7 +107,7 @@ def timed_runner(args: LocalEngineArgs) -> TimedRunner:
 async def play(mode: RouterMode, requests: Iterable[Request], args: LocalEngineArgs, engine: str) -> Outcome:
     factory = timed_runner if engine == "timed" else numpy_runner
     answers: list[Answer] = []
-    async with routing_world(mode, NUM_WORKERS, args, factory) as world:
+    async with routing_world(mode, NUM_WORKERS, local_engines(args, factory)) as world:
         begin = asyncio.get_running_loop().time()
 
         async def one(request: Request) -> None:

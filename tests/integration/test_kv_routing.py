@@ -17,7 +17,7 @@ from stator.frontend.health import HealthReport
 from stator.messages.openai import ModelCard
 from stator.observability.metrics import Metrics
 from stator.testing.fake_runner import FakeRunner
-from stator.testing.routing_world import MODEL, Outcome, RoutingWorld, eventually, outcome, routing_world
+from stator.testing.routing_world import MODEL, Outcome, RoutingWorld, eventually, local_engines, outcome, routing_world
 
 BLOCK = 16
 
@@ -72,7 +72,7 @@ async def indexed(world: RoutingWorld) -> None:
 
 
 async def play(mode: RouterMode, requests: list[list[int]], at_once: int) -> Outcome:
-    async with routing_world(mode, 4, args(num_blocks=64), fake_runner) as world:
+    async with routing_world(mode, 4, local_engines(args(num_blocks=64), fake_runner)) as world:
         answers = []
         for start in range(0, len(requests), at_once):
             some = requests[start : start + at_once]
@@ -112,7 +112,7 @@ def test_the_bundled_model_computes_less_behind_the_kv_router() -> None:
         requests = prompts(24, seed=3)
         computed: dict[RouterMode, int] = {}
         for mode in (RouterMode.KV, RouterMode.ROUND_ROBIN):
-            async with routing_world(mode, 4, args(num_blocks=64), numpy_runner) as world:
+            async with routing_world(mode, 4, local_engines(args(num_blocks=64), numpy_runner)) as world:
                 for prompt in requests:
                     await world.ask(prompt, max_tokens=2)
                 computed[mode] = sum(w.load.prompt_tokens_computed_total for w in world.workers)
@@ -123,7 +123,7 @@ def test_the_bundled_model_computes_less_behind_the_kv_router() -> None:
 
 def test_a_session_stays_and_bookings_end() -> None:
     async def scene() -> None:
-        async with routing_world(RouterMode.KV, 4, args(num_blocks=64), fake_runner) as world:
+        async with routing_world(RouterMode.KV, 4, local_engines(args(num_blocks=64), fake_runner)) as world:
             rng = Random(4)
             history = rng.choices(range(10, 4000), k=12)
             places: set[str] = set()
@@ -139,7 +139,7 @@ def test_a_session_stays_and_bookings_end() -> None:
 
 def test_a_worker_that_dropped_its_cache_unnoticed_is_named_and_trusted_less(caplog: pytest.LogCaptureFixture) -> None:
     async def scene() -> None:
-        async with routing_world(RouterMode.KV, 1, args(num_blocks=64), fake_runner) as world:
+        async with routing_world(RouterMode.KV, 1, local_engines(args(num_blocks=64), fake_runner)) as world:
             prompt = Random(5).choices(range(10, 4000), k=200)
             await world.ask(prompt)
             await indexed(world)
@@ -191,7 +191,7 @@ async def ask(app: FrontendApp, method: str, path: str, body: Any = None, **head
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_answer_explains_itself_and_the_decision_can_be_fetched(streamed: bool) -> None:
     async def scene() -> None:
-        async with routing_world(RouterMode.KV, 4, args(num_blocks=64), fake_runner) as world:
+        async with routing_world(RouterMode.KV, 4, local_engines(args(num_blocks=64), fake_runner)) as world:
             app = frontend(world)
             prompt = Random(6).choices(range(10, 4000), k=100)
             first = await world.ask(prompt)

@@ -4,10 +4,11 @@ process of the tests, which imports vLLM once."""
 import asyncio
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from stator.engines.base import Engine
 from stator.engines.vllm import started
@@ -33,10 +34,6 @@ def prepare() -> None:
     import vllm.v1.executor.uniproc_executor
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vllm.") and hasattr(module, "get_mp_context"):
-            module.get_mp_context = lambda: multiprocessing.get_context("fork")  # type: ignore[attr-defined]
-
 
 class ForkLaunch:
     """Implements engines.vllm.started.Launch. From the main thread, since a fork takes along no other."""
@@ -45,16 +42,22 @@ class ForkLaunch:
         return False
 
     async def start(self, arguments: list[str], record: started.Record) -> started.StartedVllm:
-        return started.StartedVllm(started.build(arguments, record))
+        patch = pytest.MonkeyPatch()
+        for name, module in list(sys.modules.items()):
+            if name.startswith("vllm.") and hasattr(module, "get_mp_context"):
+                patch.setattr(module, "get_mp_context", lambda: multiprocessing.get_context("fork"))
+        try:
+            return started.StartedVllm(started.build(arguments, record))
+        finally:
+            patch.undo()
 
 
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-
-
-def engine(section: dict[str, Any], *, hold_s: float = 30.0) -> VllmEngine:
-    """section: as a worker's, with engine keys only."""
-    return VllmEngine(settings_from_section(section), hold_s=hold_s, launcher=ForkLaunch())
+def engine(section: dict[str, Any], *, hold_s: float = 30.0, spawned: bool = False) -> VllmEngine:
+    """section: as a worker's, with engine keys only. spawned: as in production. NIXL does not survive a fork."""
+    settings = settings_from_section(section)
+    if spawned:
+        return VllmEngine(settings, hold_s=hold_s)
+    return VllmEngine(settings, hold_s=hold_s, launcher=ForkLaunch())
 
 
 class EnginePool:

@@ -1,4 +1,4 @@
-"""A deployment in one process, for what routing does to caches: decode workers with local engines, a Router and a
+"""A deployment in one process, for what routing does to caches: decode workers with engines, a Router and a
 Processor, all the product's own and connected over loopback TCP; discovery in memory."""
 
 import asyncio
@@ -14,6 +14,7 @@ from stator.core.disagg import DisaggPolicy
 from stator.core.routing import RouterMode
 from stator.discovery.base import Lease
 from stator.discovery.memory import MemoryDiscovery, MemoryKeyStore
+from stator.engines.base import Engine
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.engine import LocalEngine, RunnerFactory
 from stator.errors import StatorError
@@ -33,6 +34,13 @@ from stator.runtime.context import CallContext, loop_time
 from stator.runtime.directory import InstanceDirectory, register_instance
 from stator.transport import Endpoint, Identity, Listen, RequestPlaneClient, RequestPlaneServer, Target
 from stator.worker import DecodeWorker, KvPublisher, WorkerHost
+
+EngineFactory = Callable[[], Engine]
+
+
+def local_engines(args: LocalEngineArgs, runner_factory: RunnerFactory) -> EngineFactory:
+    return lambda: LocalEngine(args, runner_factory=runner_factory, rng=Random(1))
+
 
 TOKEN = "a-token-for-tests-only-0123456789"
 MODEL = "tiny-llama"
@@ -76,7 +84,7 @@ class _Sink:
 
 @dataclass
 class Worker:
-    engine: LocalEngine
+    engine: Engine
     publisher: KvPublisher
     requests: DecodeWorker
     reporter: Reporter
@@ -116,10 +124,10 @@ class RoutingWorld:
         self.servers: list[RequestPlaneServer] = []
         self.num_requests = 0
 
-    async def start(self, num_workers: int, args: LocalEngineArgs, runner_factory: RunnerFactory) -> None:
+    async def start(self, num_workers: int, make_engine: EngineFactory) -> None:
         await self.directory.start()
         for number in range(num_workers):
-            await self._add_worker(f"worker-{number}", args, runner_factory)
+            await self._add_worker(f"worker-{number}", make_engine())
         await self.directory.wait_for(lambda d: len(d.instances(role="decode")) == num_workers, READY_S)
         self.router = Router(
             client=self.client, directory=self.directory, mode=self.mode, min_workers=num_workers, rng=self.rng
@@ -130,12 +138,14 @@ class RoutingWorld:
             Endpoint("observe", RouteObservations, self.router.observe),
             Endpoint("decisions", DecisionsRequest, self.router.decisions),
         )
+        info = self.workers[0].instance.engine
+        assert info is not None
         model_dir = Path(str(files("stator") / "models" / MODEL))
         self.processor = Processor(
             model_names=[MODEL],
             tokenizer=ModelTokenizer.load(model_dir),
-            block_size=args.block_size,
-            max_model_len=args.max_model_len or 2048,
+            block_size=info.block_size,
+            max_model_len=info.max_model_len,
             client=self.client,
             router=Target(route, "route"),
             rng=self.rng,
@@ -151,11 +161,10 @@ class RoutingWorld:
         if index is not None:
             await eventually(lambda: all(index.trusted(w.instance.instance_id) for w in self.workers))
 
-    async def _add_worker(self, name: str, args: LocalEngineArgs, runner_factory: RunnerFactory) -> None:
+    async def _add_worker(self, name: str, engine: Engine) -> None:
         identity = Identity(instance_id=InstanceId(name), role="decode", token=TOKEN)
         client, server = RequestPlaneClient(identity), RequestPlaneServer(identity, Listen())
         await server.start()
-        engine = LocalEngine(args, runner_factory=runner_factory, rng=Random(1))
         host = WorkerHost(instance_id=identity.instance_id, client=client, server=server, on_dead=lambda _: None)
         info = await engine.start(host)
         requests = DecodeWorker(
@@ -235,11 +244,11 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> 
 
 @asynccontextmanager
 async def routing_world(
-    mode: RouterMode, num_workers: int, args: LocalEngineArgs, runner_factory: RunnerFactory, *, seed: int = 1
+    mode: RouterMode, num_workers: int, make_engine: EngineFactory, *, seed: int = 1
 ) -> AsyncGenerator[RoutingWorld]:
     world = RoutingWorld(mode, Random(seed))
     try:
-        await world.start(num_workers, args, runner_factory)
+        await world.start(num_workers, make_engine)
         yield world
     finally:
         await world.close()
