@@ -1,7 +1,6 @@
 """Prefill on one instance, decode on another: every way it can go."""
 
 import asyncio
-import logging
 import threading
 
 import pytest

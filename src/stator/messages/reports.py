@@ -51,7 +51,7 @@ class WorkerReport(msgspec.Struct, frozen=True, omit_defaults=True):
     (meant to be remote, computed here after all), of a prefill worker `done`, `failed`, `refused` (made
     for an engine of another pairing) and `unwanted`.
     queue_waiting: jobs waiting in the prefill queue as this worker sees it. router: of an instance that routes.
-    prefill_instances: of a decode worker that may use them, how many are `paired` with it and how many it has `refused`.
+    prefill_instances: of a decode worker that may use them, how many are `paired` with it and how many `refused`.
     """
 
     load: EngineLoad
