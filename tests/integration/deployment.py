@@ -15,7 +15,7 @@ from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.engine import LocalEngine
 from stator.errors import StatorError
 from stator.ids import InstanceId, RequestId
-from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, SamplingParams, TokenDelta
+from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, PrefillResult, SamplingParams, TokenDelta
 from stator.messages.instances import InstanceInfo
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.messages.tokens import pack
@@ -97,6 +97,20 @@ class Result:
         return self
 
 
+class _Prefilled:
+    """A sink of one prefill."""
+
+    def __init__(self) -> None:
+        self.done: asyncio.Future[PrefillResult] = asyncio.get_running_loop().create_future()
+
+    def items(self, items: Sequence[Any], /) -> None:
+        self.done.set_result(items[0])
+
+    def end(self, error: StatorError | None = None, /) -> None:
+        if error is not None:
+            self.done.set_exception(error)
+
+
 @dataclass
 class Deployment:
     lease_ttl_s: float
@@ -135,7 +149,7 @@ class Deployment:
         reporter = Reporter(worker.report, min_interval_s=0.01)
         server.register(Endpoint("report", ReportRequest, reporter.report))
         instance = InstanceInfo(
-            identity.instance_id, role, role, server.addresses, ("generate",), "h", 1, model="m", engine=info
+            identity.instance_id, role, role, server.addresses, ("generate", "report"), "h", 1, model="m", engine=info
         )
         await register_instance(self.discovery, lease, instance)
         node = Node(identity.instance_id, runner, engine, info, client, server, lease, worker)
@@ -170,6 +184,14 @@ class Deployment:
         await self.directory.wait_for(lambda d: d.get(node.instance_id) is not None, 5)
         return node
 
+    async def announce(self, name: str, engine: EngineInfo) -> Lease:
+        """A prefill instance in discovery that takes no jobs: the test takes them. It leaves with its lease."""
+        lease = await self.discovery.grant_lease(self.lease_ttl_s)
+        info = InstanceInfo(InstanceId(name), "prefill", "prefill", (), (), "h", 1, model="m", engine=engine)
+        await register_instance(self.discovery, lease, info)
+        await self.directory.wait_for(lambda d: d.get(info.instance_id) == info, 5)
+        return lease
+
     def generate(self, node: Node, prompt: Sequence[int], max_tokens: int = 8, **sampling: Any) -> Result:
         result = Result()
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **sampling)
@@ -178,6 +200,12 @@ class Deployment:
         target = Target(node.server.addresses, "generate", node.instance_id)
         result.handle = self.client.open(target, request, result, context=CallContext(request_id), item_type=TokenDelta)
         return result
+
+    async def hold(self, node: Node, request: EngineRequest) -> PrefillResult:
+        """Have the node's engine prefill, past its worker; the blocks wait to be fetched."""
+        result = _Prefilled()
+        node.engine.prefill(request, result)
+        return await asyncio.wait_for(result.done, 5)
 
     async def text(self, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
         """What an engine of its own makes of it."""

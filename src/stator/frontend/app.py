@@ -133,6 +133,7 @@ class FrontendApp:
             "status": "draining" if draining else "ready" if ready else "unavailable",
             "reasons": ["this server is shutting down", *report.reasons] if draining else report.reasons,
             "models": report.models,
+            "pairing_refusals": report.pairing_refusals,
         }
         await http.respond(200 if ready else 503, encode_json(body))
 

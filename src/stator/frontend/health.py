@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from stator.core.pairing import differences
+from stator.ids import InstanceId
 from stator.messages.instances import InstanceInfo, InstanceState
 from stator.messages.openai import ModelCard
 
@@ -18,12 +20,27 @@ class ModelHealth(msgspec.Struct, frozen=True):
     prefill: int = 0
 
 
+class PairingRefusal(msgspec.Struct, frozen=True):
+    """None of these decode instances takes KV blocks from any of these prefill instances.
+
+    differences: in words, one for each key in which their pairings differ.
+    """
+
+    decode: list[InstanceId]
+    prefill: list[InstanceId]
+    differences: list[str]
+
+
 class HealthReport(msgspec.Struct, frozen=True):
-    """ready: at least one model can finish a request. reasons: why not, for the person who asks."""
+    """ready: at least one model can finish a request. reasons: why not, for the person who asks.
+
+    pairing_refusals: they cost remote prefill, not readiness, since decode workers then prefill for themselves.
+    """
 
     ready: bool
     reasons: list[str]
     models: dict[str, ModelHealth]
+    pairing_refusals: list[PairingRefusal] = []
 
 
 def health_of(instances: Iterable[InstanceInfo], required_roles: Sequence[str] = ()) -> HealthReport:
@@ -44,7 +61,31 @@ def health_of(instances: Iterable[InstanceInfo], required_roles: Sequence[str] =
     if not models:
         reasons.append("no worker is ready")
     reasons += [f"no decode worker of model {model} is ready" for model, has in models.items() if not has.decode]
-    return HealthReport(not missing and any(has.decode for has in models.values()), reasons, models)
+    can_finish = not missing and any(has.decode for has in models.values())
+    return HealthReport(can_finish, reasons, models, pairing_refusals(ready))
+
+
+def pairing_refusals(instances: Sequence[InstanceInfo]) -> list[PairingRefusal]:
+    """Grouped by pairing, so that it is as long as there are kinds of engines, not pairs of instances.
+
+    All prefill instances count for all decode instances, of whatever model: they take jobs from one queue.
+    """
+    decode, prefill = _by_pairing(instances, DECODE), _by_pairing(instances, PREFILL)
+    found: list[PairingRefusal] = []
+    for here, decoders in decode.items():
+        for there, prefillers in prefill.items():
+            words = [d.words("for decode", "for prefill") for d in differences(dict(here), dict(there))]
+            if words:
+                found.append(PairingRefusal(decoders, prefillers, words))
+    return found
+
+
+def _by_pairing(instances: Iterable[InstanceInfo], role: str) -> dict[frozenset[tuple[str, str]], list[InstanceId]]:
+    found: dict[frozenset[tuple[str, str]], list[InstanceId]] = {}
+    for instance in instances:
+        if instance.role == role and instance.engine is not None:
+            found.setdefault(frozenset(instance.engine.pairing.items()), []).append(instance.instance_id)
+    return found
 
 
 def models_of(instances: Iterable[InstanceInfo], created: int) -> list[ModelCard]:

@@ -48,11 +48,14 @@ DECISION_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 
 class WorkerReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """load: the engine's reading. prefills: counts by outcome, of a decode worker `local`, `remote` and `fallback`
-    (meant to be remote, computed here after all), of a prefill worker `done`, `failed` and `unwanted`.
+    (meant to be remote, computed here after all), of a prefill worker `done`, `failed`, `refused` (made
+    for an engine of another pairing) and `unwanted`.
     queue_waiting: jobs waiting in the prefill queue as this worker sees it. router: of an instance that routes.
+    prefill_instances: of a decode worker that may use them, how many are `paired` with it and how many `refused`.
     """
 
     load: EngineLoad
     prefills: dict[str, int] = {}
     queue_waiting: int = 0
     router: RouterStats | None = None
+    prefill_instances: dict[str, int] = {}

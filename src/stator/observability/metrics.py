@@ -106,8 +106,16 @@ WORKER_METRICS: tuple[MetricSpec, ...] = (
         "remote_prefill_total",
         _C,
         "Prefills by outcome. A decode worker's: remote, local, fallback (meant to be remote, computed locally after "
-        "all). A prefill worker's: done, failed, unwanted (nobody waited for it any more).",
+        "all). A prefill worker's: done, failed, refused (its KV blocks would not fit the decode worker's), unwanted "
+        "(nobody waited for it any more).",
         (*_WORKER, "outcome"),
+    ),
+    MetricSpec(
+        "worker_prefill_instances",
+        _G,
+        "Prefill instances that a decode worker sees, by pairing: paired (may prefill for it) or refused (block size, "
+        "KV type, model, engine version or connector differ; /health says which).",
+        (*_WORKER, "pairing"),
     ),
     MetricSpec("prefill_queue_size", _G, "Prefill jobs that nobody has taken: the most that any worker reports."),
 )
@@ -139,7 +147,8 @@ ROUTER_METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("router_index_gaps_total", _C, "Event streams with a loss, which were read anew.", _ROUTER),
 )
 
-PREFILL_OUTCOMES = frozenset({"remote", "local", "fallback", "done", "failed", "unwanted"})
+PREFILL_OUTCOMES = frozenset({"remote", "local", "fallback", "done", "failed", "refused", "unwanted"})
+PAIRINGS = frozenset({"paired", "refused"})
 
 
 class Tally:
@@ -241,8 +250,10 @@ class WorkerCollector(Collector):
         for worker in self._workers.values():
             for name, value in _values(worker.report.load, worker.rates()).items():
                 families[name].add_metric(worker.labels, value)
-            for outcome, count in _known_outcomes(worker.report.prefills).items():
+            for outcome, count in _known(worker.report.prefills, PREFILL_OUTCOMES).items():
                 families["remote_prefill_total"].add_metric((*worker.labels, outcome), count)
+            for pairing, count in _known(worker.report.prefill_instances, PAIRINGS).items():
+                families["worker_prefill_instances"].add_metric((*worker.labels, pairing), count)
         waiting = max((worker.report.queue_waiting for worker in self._workers.values()), default=0)
         families["prefill_queue_size"].add_metric((), waiting)
         yield from families.values()
@@ -277,10 +288,11 @@ def _family(spec: MetricSpec) -> CounterMetricFamily | GaugeMetricFamily:
     return family(f"stator_{spec.name}", spec.help, labels=spec.labels)
 
 
-def _known_outcomes(prefills: Mapping[str, int]) -> dict[str, int]:
+def _known(reported: Mapping[str, int], labels: frozenset[str]) -> dict[str, int]:
+    """Counts by label; those under labels that are not known here are summed up."""
     counts: dict[str, int] = {}
-    for outcome, count in prefills.items():
-        label = outcome if outcome in PREFILL_OUTCOMES else OTHER
+    for name, count in reported.items():
+        label = name if name in labels else OTHER
         counts[label] = counts.get(label, 0) + count
     return counts
 

@@ -14,12 +14,12 @@ import msgspec
 from stator.config.schema import VllmWorkerConfig
 from stator.core import remote_prefill
 from stator.core.disagg import DisaggPolicy, choose_prefill
+from stator.core.pairing import Left, Paired, PrefillPeers, Refused, differences, in_words
 from stator.core.remote_prefill import CancelJob, RemotePrefill, Reply, StartFetched, StartLocal
 from stator.engines.base import Engine
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId, JobId, RequestId
 from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, PrefillDoneReply, PrefillJob
-from stator.messages.instances import InstanceInfo
 from stator.messages.reports import WorkerReport
 from stator.messages.tokens import num_tokens
 from stator.queue.base import JobQueue
@@ -101,7 +101,7 @@ class DecodeWorker:
         self._draining = False
         self._queue_waiting = 0
         self._puts_since_size = 0
-        self._num_prefillers = 0
+        self._peers = PrefillPeers(info.pairing)
         self._unsubscribe: Callable[[], None] | None = None
         self._prefills = {"local": 0, "remote": 0, "fallback": 0}
 
@@ -109,11 +109,14 @@ class DecodeWorker:
         if not self._policy.remote_prefill:
             return
         self._unsubscribe = self._directory.subscribe(self._on_directory_change)
-        self._count_prefillers()
+        self._see_prefillers()
         self._tasks.spawn(self._watch_queue(), "watch queue size")
 
     def report(self) -> WorkerReport:
-        return WorkerReport(self._engine.load(), dict(self._prefills), self._queue_waiting)
+        seen: dict[str, int] = {}
+        if self._policy.remote_prefill:
+            seen = {"paired": self._peers.num_paired, "refused": len(self._peers.refused)}
+        return WorkerReport(self._engine.load(), dict(self._prefills), self._queue_waiting, prefill_instances=seen)
 
     # Requests
 
@@ -134,7 +137,7 @@ class DecodeWorker:
             num_prompt_tokens=num_prompt_tokens,
             num_cached_tokens=self._engine.cached_prefix_tokens(request) if self._policy.remote_prefill else 0,
             num_waiting_jobs=self._queue_waiting + self._puts_since_size,
-            num_prefillers=self._num_prefillers,
+            num_prefillers=self._peers.num_paired,
         )
         if logger.isEnabledFor(logging.DEBUG):
             where = "remotely" if choice.remote else "locally"
@@ -198,7 +201,10 @@ class DecodeWorker:
             call.items([PrefillDoneReply(accepted=False)])
             call.end()
             return
-        self._handle(pending, remote_prefill.Completed(done.result, done.error), call)
+        result, error = done.result, done.error
+        if result is not None and (refusal := self._refusal(done.prefill_instance)) is not None:
+            result, error = None, refusal
+        self._handle(pending, remote_prefill.Completed(result, error), call)
 
     def _handle(self, pending: _Pending, event: remote_prefill.Event, reply_to: Call | None = None) -> None:
         for effect in pending.core.handle(event):
@@ -233,28 +239,39 @@ class DecodeWorker:
             self._queue_waiting = size.waiting
             self._puts_since_size = 0
 
-    def _on_directory_change(self, _change: DirectoryChange) -> None:
-        self._count_prefillers()
+    # Prefill instances
 
-    def _count_prefillers(self) -> None:
-        self._num_prefillers = sum(self._pairs(i) for i in self._directory.instances(role="prefill"))
-        if not self._num_prefillers:
+    def _on_directory_change(self, _change: DirectoryChange) -> None:
+        self._see_prefillers()
+
+    def _see_prefillers(self) -> None:
+        instances = self._directory.instances(role="prefill")
+        news = self._peers.update({i.instance_id: i.engine.pairing for i in instances if i.engine is not None})
+        for new in news:
+            match new:
+                case Refused(instance_id, found):
+                    logger.warning(
+                        "prefill instance %s cannot prefill for this worker: %s", instance_id, in_words(found)
+                    )
+                case Paired(instance_id):
+                    logger.info("prefill instance %s can prefill for this worker now", instance_id)
+                case Left(instance_id):
+                    logger.info("prefill instance %s, which could not prefill for this worker, has left", instance_id)
+        if not self._peers.num_paired:
             for pending in list(self._pending.values()):
                 self._handle(pending, remote_prefill.GaveUp("no prefill instance is left"))
 
-    def _pairs(self, instance: InstanceInfo) -> bool:
-        if instance.engine is None:
-            return False
-        mine, theirs = self._info.pairing, instance.engine.pairing
-        if mine == theirs:
-            return True
-        self._warn_unpaired(instance.instance_id, mine, theirs)
-        return False
+    def _refusal(self, instance_id: InstanceId) -> str | None:
+        """Why this instance's KV blocks must not be taken, even if it has computed them: a second look, after its own.
 
-    def _warn_unpaired(self, instance_id: InstanceId, mine: dict[str, str], theirs: dict[str, str]) -> None:
-        keys = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
-        differences = ", ".join(f"{k} is {mine.get(k)} here and {theirs.get(k)} there" for k in keys)
-        logger.warning("prefill instance %s cannot prefill for this worker: %s", instance_id, differences)
+        One that discovery no longer shows may be taken from: it compared the pairings when it took the job, and whether
+        it still lives the engine finds out before it fetches.
+        """
+        instance = self._directory.get(instance_id)
+        if instance is None or instance.engine is None:
+            return None
+        found = differences(self._info.pairing, instance.engine.pairing)
+        return f"prefill instance {instance_id} does not pair: {in_words(found)}" if found else None
 
     # End
 

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from stator.core.disagg import PrefillRoom
+from stator.core.pairing import differences, in_words
 from stator.engines.base import Engine
 from stator.errors import ErrorCode, StatorError
 from stator.ids import LeaseId, RequestId, TransferId
@@ -83,7 +84,7 @@ class PrefillWorker:
         self._changed = asyncio.Event()
         self._draining = False
         self._pulling: asyncio.Task[None] | None = None
-        self._prefills = {"done": 0, "failed": 0, "unwanted": 0}
+        self._prefills = {"done": 0, "failed": 0, "refused": 0, "unwanted": 0}
 
     async def start(self) -> None:
         self._pulling = self._tasks.spawn(self._pull_jobs(), "pull jobs")
@@ -145,6 +146,10 @@ class PrefillWorker:
 
     async def _serve(self, in_hand: _InHand) -> None:
         try:
+            refusal = self._refusal(in_hand.job)
+            if refusal is not None:
+                await self._finish(in_hand, None, refusal, no_result="refused")
+                return
             result, error = await self._compute(in_hand)
             if error is not None and error.code in (ErrorCode.ENGINE_DEAD, ErrorCode.DRAINING):
                 await self._nack(in_hand.delivery)
@@ -154,13 +159,16 @@ class PrefillWorker:
             self._in_hand.pop(in_hand.request_id, None)
             self._changed.set()
 
+    def _refusal(self, job: PrefillJob) -> StatorError | None:
+        found = differences(self._info.pairing, job.pairing)
+        if not found:
+            return None
+        message = f"prefill instance {self._host.instance_id} does not pair with {job.decode_instance}"
+        return StatorError(ErrorCode.UNSUPPORTED, f"{message}: {in_words(found)}")
+
     async def _compute(self, in_hand: _InHand) -> tuple[PrefillResult | None, StatorError | None]:
-        job = in_hand.job
-        if job.pairing != self._info.pairing:
-            message = f"prefill instance {self._host.instance_id} does not pair with {job.decode_instance}"
-            return None, StatorError(ErrorCode.UNSUPPORTED, message)
         sink = _ResultSink()
-        self._engine.prefill(msgspec.structs.replace(job.request, request_id=in_hand.request_id), sink)
+        self._engine.prefill(msgspec.structs.replace(in_hand.job.request, request_id=in_hand.request_id), sink)
         try:
             return await sink.result, None
         except StatorError as error:
@@ -169,7 +177,15 @@ class PrefillWorker:
             self._engine.abort(in_hand.request_id)
             raise
 
-    async def _finish(self, in_hand: _InHand, result: PrefillResult | None, error: StatorError | None) -> None:
+    async def _finish(
+        self,
+        in_hand: _InHand,
+        result: PrefillResult | None,
+        error: StatorError | None,
+        *,
+        no_result: str = "failed",
+    ) -> None:
+        """no_result: what a job without one is counted as."""
         if error is not None and error.code is ErrorCode.CANCELLED:
             return  # The extension failed: another attempt has the job, or nobody wants it.
         done = PrefillDone(
@@ -180,7 +196,7 @@ class PrefillWorker:
             error=error.message if error else None,
         )
         accepted = await self._notify(in_hand.job, done)
-        outcome = "failed" if result is None else "done" if accepted else "unwanted"
+        outcome = no_result if result is None else "done" if accepted else "unwanted"
         self._prefills[outcome] += 1
         if result is not None and not accepted:
             self._engine.release(TransferId(result.transfer["transfer_id"]))

@@ -1,4 +1,4 @@
-from stator.frontend.health import HealthReport, ModelHealth, health_of, models_of
+from stator.frontend.health import HealthReport, ModelHealth, PairingRefusal, health_of, models_of
 from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo
 from stator.messages.instances import InstanceInfo, InstanceState
@@ -29,6 +29,41 @@ def test_one_of_two_models_is_enough():
     report = health_of([instance("decode", "a"), instance("prefill", "b")])
     assert report.ready
     assert report.reasons == ["no decode worker of model b is ready"]
+
+
+def paired(name: str, role: str, state: InstanceState = InstanceState.READY, **pairing: str):
+    engine = EngineInfo("local", "1", "m", 64, 10, 4, 512, 99, pairing)
+    return InstanceInfo(InstanceId(name), "S", role, (), (), "h", 1, state, "m", engine)
+
+
+def test_refused_prefill_instances_are_named_and_do_not_make_it_unready():
+    fits, other = {"block_size": "64", "connector": "c"}, {"block_size": "32"}
+    workers = [
+        paired("d1", "decode", **fits),
+        paired("d2", "decode", **fits),
+        paired("p1", "prefill", **other),
+        paired("p2", "prefill", **fits),
+        paired("p3", "prefill", **other),
+        paired("leaving", "prefill", InstanceState.DRAINING, block_size="16"),
+        instance("prefill"),
+    ]
+    report = health_of(workers)
+    assert report.ready
+    assert report.reasons == []
+    words = [
+        "block_size is 64 for decode and 32 for prefill",
+        "connector is c for decode and not given for prefill",
+    ]
+    assert report.pairing_refusals == [
+        PairingRefusal([InstanceId("d1"), InstanceId("d2")], [InstanceId("p1"), InstanceId("p3")], words)
+    ]
+    assert health_of([w for w in workers if w.instance_id not in ("p1", "p3")]).pairing_refusals == []
+
+
+def test_refusals_are_as_many_as_kinds_of_engines():
+    decode = [paired(f"d{n}", "decode", block_size=str(n % 2)) for n in range(100)]
+    prefill = [paired(f"p{n}", "prefill", block_size=str(n % 2)) for n in range(100)]
+    assert len(health_of([*decode, *prefill]).pairing_refusals) == 2
 
 
 def test_models_are_named_once_with_the_shortest_context():

@@ -300,10 +300,20 @@ def test_health_says_why_not():
         async with frontend() as fe:
             ready = await ask(fe.app, "GET", "/health")
             assert ready.status == 200
-            assert ready.json == {"status": "ready", "reasons": [], "models": {MODEL: {"decode": 1, "prefill": 2}}}
+            assert ready.json == {
+                "status": "ready",
+                "reasons": [],
+                "models": {MODEL: {"decode": 1, "prefill": 2}},
+                "pairing_refusals": [],
+            }
             fe.health = HealthReport(False, ["no worker is ready"], {})
             unready = await ask(fe.app, "GET", "/health")
             assert unready.status == 503
-            assert unready.json == {"status": "unavailable", "reasons": ["no worker is ready"], "models": {}}
+            assert unready.json == {
+                "status": "unavailable",
+                "reasons": ["no worker is ready"],
+                "models": {},
+                "pairing_refusals": [],
+            }
 
     asyncio.run(run())

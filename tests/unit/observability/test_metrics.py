@@ -122,6 +122,21 @@ def test_worker_figures():
     assert kinds["stator_worker_kv_blocks"] == "gauge"
 
 
+def test_prefill_instances_by_pairing():
+    metrics = Metrics(Clock())
+    name = "stator_worker_prefill_instances"
+    metrics.workers.update(W1, report(EngineLoad(), refused=4))
+    assert sample(metrics, name) is None, "a worker that uses none has no such series"
+    assert sample(metrics, "stator_remote_prefill_total", outcome="refused") == 4
+    seen = {"paired": 2, "refused": 0, "invented": 3}
+    metrics.workers.update(W1, WorkerReport(EngineLoad(), prefill_instances=seen))
+    assert sample(metrics, name, worker="w1", pairing="paired") == 2
+    assert sample(metrics, name, worker="w1", pairing="refused") == 0
+    assert sample(metrics, name, pairing="other") == 3
+    kinds = {family.name: family.type for family in text_string_to_metric_families(metrics.render().decode())}
+    assert kinds[name] == "gauge"
+
+
 def test_throughput_is_of_the_last_seconds_only():
     clock = Clock()
     metrics = Metrics(clock)
