@@ -24,7 +24,7 @@ class PrefillWorker:
             engine=self.engine,
             info=info,
             host=host,
-            queue=context.queue(worker.PREFILL_QUEUE),
+            queue=context.queue(worker.prefill_queue(info)),
             lease_id=context.lease.lease_id,
             rng=Random(),
         )

@@ -27,7 +27,7 @@ class VllmWorker:
             info=info,
             host=host,
             policy=worker.disagg_policy(context.config),
-            queue=context.queue(worker.PREFILL_QUEUE),
+            queue=context.queue(worker.prefill_queue(info)),
             directory=context.directory,
         )
         await self.requests.start()

@@ -1,18 +1,18 @@
 """Thin shells around engines: the decode worker and the prefill worker."""
 
-from stator.worker.decode import PREFILL_QUEUE, DecodeWorker, disagg_policy
+from stator.worker.decode import DecodeWorker, disagg_policy, prefill_queue
 from stator.worker.engine import make_engine, start_engine
 from stator.worker.host import WorkerHost
 from stator.worker.kv_events import KvPublisher
 from stator.worker.prefill import PrefillWorker
 
 __all__ = [
-    "PREFILL_QUEUE",
     "DecodeWorker",
     "KvPublisher",
     "PrefillWorker",
     "WorkerHost",
     "disagg_policy",
     "make_engine",
+    "prefill_queue",
     "start_engine",
 ]

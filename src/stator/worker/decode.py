@@ -5,6 +5,7 @@ remote about a prefill is decided in `core.disagg` and `core.remote_prefill`; th
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,11 @@ REMOTE_PREFILL_TIMEOUT_S = 25.0
 """When a remote prefill is late. Longer than a lease, so that a job of a dead prefill node is redelivered first."""
 
 
-PREFILL_QUEUE = "prefill"
+def prefill_queue(info: EngineInfo) -> str:
+    """The queue of an engine's prefill jobs: one for each kind of engine, so that a prefill worker is given only jobs
+    that it can do."""
+    digest = hashlib.blake2b(msgspec.json.encode(sorted(info.pairing.items())), digest_size=8).hexdigest()
+    return f"prefill-{digest}"
 
 
 def disagg_policy(config: VllmWorkerConfig) -> DisaggPolicy:

@@ -73,12 +73,23 @@ def test_what_the_user_says_stays() -> None:
         "kv_connector_extra_config": {"kv_lease_duration": 60, "backends": ["UCX"]},
     }
     before = json.dumps(value)
-    made = plan(value, gpu=True, **{NIXL_HOST: "10.0.0.1", NIXL_PORT: "5000"})
+    made = plan(value, gpu=True, **{NIXL_HOST: "127.0.0.1", NIXL_PORT: str(free_port("127.0.0.1"))})
     assert made.config == value
     assert made.environment == {}
     assert json.dumps(value) == before
     extra = plan({"kv_connector_extra_config": {"port": 7000, "hold_s": 3}}).config["kv_connector_extra_config"]
     assert (extra["port"], extra["hold_s"], extra["namespace"]) == (7000, 3, "n")
+
+
+def test_a_port_that_another_worker_has_is_refused_since_vllm_would_wait_for_ever() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"{NIXL_PORT}: port {port} on 127.0.0.1 cannot be listened on"):
+            plan({"kv_connector": NIXL_CONNECTOR}, gpu=True, **{NIXL_HOST: "127.0.0.1", NIXL_PORT: port})
+    for port in ("x", "65536", "-1"):
+        with pytest.raises(ConfigError, match="expected a TCP port"):
+            plan({"kv_connector": NIXL_CONNECTOR}, gpu=True, **{NIXL_PORT: port})
 
 
 def test_others_pass_through() -> None:

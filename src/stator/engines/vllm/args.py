@@ -99,11 +99,21 @@ def _argument(key: str, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
+_set_by_us: dict[str, str] = {}
+
+
+def user_environment() -> dict[str, str]:
+    """The process's, without what `set_environment` put there for an earlier engine."""
+    return {key: value for key, value in os.environ.items() if _set_by_us.get(key) != value}
+
+
 def set_environment(added: Mapping[str, str], *, gpu: bool, num_workers: int) -> None:
-    """Before vLLM is imported: its processes inherit it. What is set already stays."""
+    """Before vLLM is imported: its processes inherit it. What the user has set stays."""
     on_cpus = {} if gpu else {**_CPU_DEFAULTS, **(_ONE_PROCESS if num_workers == 1 else {})}
-    for key, value in {**added, **on_cpus}.items():
-        os.environ.setdefault(key, value)
+    users = user_environment()
+    chosen = {key: value for key, value in {**added, **on_cpus}.items() if key not in users}
+    os.environ.update(chosen)
+    _set_by_us.update(chosen)
 
 
 def cpu_flags(settings: VllmSettings) -> dict[str, Any]:

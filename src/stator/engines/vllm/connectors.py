@@ -137,9 +137,29 @@ def _nixl_environment(plane: TransferPlane, environment: Mapping[str, str]) -> d
     if host is None:
         # vLLM binds to what it tells its peers, so a wildcard is of no use.
         host = found[NIXL_HOST] = plane.advertise or plane.host
-    if environment.get(NIXL_PORT) is None:
+    port = environment.get(NIXL_PORT)
+    if port is None:
         found[NIXL_PORT] = str(free_port(host, plane.num_data_parallel))
+    else:
+        _check_ports(host, port, plane.num_data_parallel)
     return found
+
+
+def _check_ports(host: str, port: str, count: int) -> None:
+    """vLLM waits for ever if it cannot have one of them: two workers of a node that were given the same, for instance.
+
+    Raises ConfigError."""
+    if not port.isdigit() or int(port) + count - 1 > MAX_PORT:
+        raise ConfigError(f"{NIXL_PORT} is {port!r}; expected a TCP port, with {count - 1} free ones after it")
+    with contextlib.ExitStack() as stack:
+        for number in range(int(port), int(port) + count):
+            try:
+                _bind(stack, host, number)
+            except OSError as error:
+                raise ConfigError(
+                    f"{NIXL_PORT}: port {number} on {host} cannot be listened on ({error.strerror}); each worker of a "
+                    f"node needs its own: leave the variable out, and a free one is taken"
+                ) from None
 
 
 def free_port(host: str, count: int = 1) -> int:

@@ -9,7 +9,6 @@ the split of cached tokens is read off the engine core's outputs; and the end of
 
 import asyncio
 import logging
-import os
 import secrets
 import shutil
 import tempfile
@@ -101,7 +100,7 @@ class VllmEngine:
         settings = self._settings
         gpu = await asyncio.to_thread(self._launcher.has_gpu)
         self._plan = plan = connectors.plan_connector(
-            settings.kv_transfer_config, self._plane(host), gpu=gpu, environment=os.environ
+            settings.kv_transfer_config, self._plane(host), gpu=gpu, environment=vllm_args.user_environment()
         )
         self._endpoints = []
         added: dict[str, Any] = {"worker_extension_cls": plan.worker_extension}

@@ -52,11 +52,11 @@ def pairing(
     return found
 
 
-def engine_pairing(
-    vllm_config: Any, connector: str, *, engine_version: str, attention_backend: str = ""
-) -> dict[str, str]:
+def engine_pairing(vllm_config: Any, connector: str, *, engine_version: str) -> dict[str, str]:
     """`pairing` from a started engine's `AsyncLLM.vllm_config`. Reads samples of the model's files."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    # Set only if the user chose one; what vLLM chooses follows from the rest, and NIXL compares it too.
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
     kv_dtype = str(cache.cache_dtype)
     if kv_dtype == "auto":
         kv_dtype = str(model.dtype).removeprefix("torch.")
@@ -71,7 +71,7 @@ def engine_pairing(
         connector=connector,
         tp_size=parallel.tensor_parallel_size,
         pp_size=parallel.pipeline_parallel_size,
-        attention_backend=attention_backend,
+        attention_backend="" if backend is None else str(getattr(backend, "name", backend)),
     )
 
 

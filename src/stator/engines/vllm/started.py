@@ -34,9 +34,9 @@ class ProcessLaunch:
     """vLLM as it is meant: this process has its front end, further ones its core and workers."""
 
     def has_gpu(self) -> bool:
-        from stator.graph.machine import find_gpus
+        from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-        return bool(find_gpus().gpus)
+        return str(current_platform.device_type) == "cuda"
 
     async def start(self, arguments: list[str], record: Record) -> "StartedVllm":
         # Importing takes seconds, loading may take minutes; leases are renewed meanwhile on this loop.
