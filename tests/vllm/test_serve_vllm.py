@@ -92,7 +92,7 @@ def test_texts_are_the_local_engines_and_long_prompts_are_prefilled_elsewhere(de
 
 
 def test_a_client_that_leaves_frees_its_blocks(deployment: Deployment) -> None:
-    body = {"model": "tiny-llama", "messages": PROMPTS[2], "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    body = {"model": "tiny-llama", "messages": PROMPTS[2], "max_tokens": 1000, "stream": True, "ignore_eos": True}
     command = ["curl", "-sS", "-N", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
     url = f"http://127.0.0.1:{deployment.port}/v1/chat/completions"
     with subprocess.Popen([*command, url], stdout=subprocess.PIPE) as client:
@@ -104,7 +104,7 @@ def test_a_client_that_leaves_frees_its_blocks(deployment: Deployment) -> None:
 
 
 def test_a_core_that_dies_in_mid_stream_ends_the_request_clearly_and_is_replaced(deployment: Deployment) -> None:
-    body = {"model": "tiny-llama", "messages": PROMPTS[0], "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    body = {"model": "tiny-llama", "messages": PROMPTS[0], "max_tokens": 1000, "stream": True, "ignore_eos": True}
     command = ["curl", "-sS", "-N", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
     url = f"http://127.0.0.1:{deployment.port}/v1/chat/completions"
     lines_before = len(deployment.serve.lines)

@@ -73,6 +73,10 @@ class StepWork:
     loads: list[Load] = field(default_factory=list[Load])
     releases: list[LoadParams] = field(default_factory=list[LoadParams])
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to do: most steps transfer nothing."""
+        return bool(self.announced or self.withdrawn or self.holds or self.loads or self.releases)
+
 
 @dataclass(frozen=True, slots=True)
 class HandoverCounts:

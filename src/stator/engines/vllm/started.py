@@ -55,9 +55,13 @@ def build(arguments: list[str], record: Record) -> Any:
 
     nemotron_nas.register()
     parsed = vllm_args.parse(arguments)
-    return AsyncLLM.from_engine_args(
-        parsed, usage_context=UsageContext.ENGINE_CONTEXT, stat_loggers=[_stat_logger(record)]
-    )
+    recorder = _stat_logger(record)
+    llm = AsyncLLM.from_engine_args(parsed, usage_context=UsageContext.ENGINE_CONTEXT, stat_loggers=[recorder])
+    # vLLM adds its Prometheus figures also where they are switched off; nobody reads them here, and they cost a step
+    # as much as all of ours.
+    manager = llm.logger_manager
+    manager.stat_loggers = [each for each in manager.stat_loggers if "Prometheus" not in type(each).__name__]
+    return llm
 
 
 def _stat_logger(record_step: Record) -> Any:

@@ -106,6 +106,7 @@ class TransferWorker:
         self._report = WorkerReport()
         self._held: dict[TransferId, tuple[RequestId, Sequence[int]]] = {}
         self._loads: dict[RequestId, asyncio.Task[bool]] = {}
+        self._submitted_loads: set[RequestId] = set()  # vLLM's thread only; until their requests have ended
         self._started: Future[tuple[str, ...]] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -117,15 +118,19 @@ class TransferWorker:
         return self._started.result(START_TIMEOUT_S)
 
     def submit(self, work: StepWork) -> None:
-        """What the engine's scheduler side says with a step."""
+        """What the engine's scheduler side says with a step. Waking the thread costs a step more than all else here."""
+        if not work:
+            return
         if work.loads:
+            self._submitted_loads.update(load.request_id for load in work.loads)
             self._blocks.mark()
         self._call(self._begin, work)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """The requests ended: loads of theirs stop, and are then reported as received."""
         ended = [RequestId(request_id) for request_id in request_ids]
-        if ended:
+        if ended and self._submitted_loads.intersection(ended):
+            self._submitted_loads.difference_update(ended)
             self._call(self._cancel, ended)
 
     def take_ended(self) -> tuple[set[str], set[str]]:
