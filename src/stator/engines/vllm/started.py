@@ -196,6 +196,8 @@ class StartedVllm:
             llm.output_handler.cancel()
             await asyncio.gather(llm.output_handler, return_exceptions=True)
         await asyncio.to_thread(llm.shutdown, timeout_s)
+        # Its __del__ shuts down again, at the interpreter's end with half of vLLM's modules gone.
+        llm.shutdown = lambda *_: None
 
     def _watch_first_outputs(self) -> None:
         """RequestOutput has one number for what was cached, here and at a peer; the core's own outputs have both."""
