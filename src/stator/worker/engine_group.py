@@ -74,6 +74,9 @@ class GroupShell:
                 await following
                 raise asyncio.CancelledError  # The discovery client was closed: the process is ending.
             return self._place.result()
+        except BaseException:
+            following.cancel()
+            raise
         finally:
             reminding.cancel()
 
