@@ -50,10 +50,10 @@ def _nodes(fit: SectionFit) -> list[str]:
     if fit.num_nodes == 1:
         return []
     ranks = fit.tensor_parallel_size * fit.pipeline_parallel_size // fit.num_nodes
-    each = f"{ranks} GPUs" if fit.gpus else f"{ranks} of its workers"
     return [
-        f"one engine over {fit.num_nodes}, {each} on each; it starts when all are there: this command here, and the "
-        f"component's own `stator serve ... --join HEAD` on each of the others"
+        f"{fit.num_nodes} nodes run one engine, {ranks} {'GPUs' if fit.gpus else 'ranks'} on each; it loads when all "
+        f"have come",
+        f"one command per node: this one here, `stator serve` of {fit.section}'s component with --join on each other",
     ]
 
 

@@ -175,8 +175,9 @@ def test_an_engine_over_several_nodes_is_fitted_to_the_gpus_of_one(tmp_path: Pat
     assert 0.49 < half.weight_bytes / whole.weight_bytes < 0.52
     text = "\n".join(fit_lines(fit))
     assert "tensor-parallel-size 16, pipeline-parallel-size 1; 8 x H100" in text
-    assert "one engine over 2, 8 GPUs on each; it starts when all are there: this command here" in text
-    assert "one engine over" not in "\n".join(fit_lines(one))
+    assert "2 nodes run one engine, 8 GPUs on each; it loads when all have come" in text
+    assert "one command per node: this one here, `stator serve` of VllmWorker's component with --join" in text
+    assert "one command per node" not in "\n".join(fit_lines(one))
     staged = SEVERAL_NODES.replace("size: 16", "size: 8\n  pipeline-parallel-size: 2")
     assert len(only(prepared(tmp_path, staged, gpus="8xH100-80GB").fits).report.stages) == 2
 
