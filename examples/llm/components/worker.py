@@ -20,7 +20,9 @@ class VllmWorker:
         host = worker.WorkerHost(
             instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
         )
-        info = await worker.start_engine(self.engine, context.config, host)
+        info = await worker.start_engine(self.engine, context.config, host, context)
+        if info is None:
+            return  # A further node of an engine over several: its first node takes the requests.
         context.info_fields(model=info.model, engine=info)
         self.requests = worker.DecodeWorker(
             engine=self.engine,

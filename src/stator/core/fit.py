@@ -234,10 +234,10 @@ def _ram_findings(
     kv: KvCapacity | None,
     max_len: int | None,
 ) -> list[Finding]:
-    """All ranks of a worker share the machine's memory."""
+    """All ranks of a worker share the machine's memory, or the machines'."""
     tp = settings.tensor_parallel_size
-    weights = sum(stage.weight_bytes for stage in stages) * tp
-    cache = 0 if kv is None else kv.bytes_per_gpu * tp * len(stages)
+    weights = sum(stage.weight_bytes for stage in stages) * tp // settings.nnodes
+    cache = 0 if kv is None else kv.bytes_per_gpu * tp * len(stages) // settings.nnodes
     found = [] if kv is None else [*_one_request(kv, max_len, kv.source.replace("-", "_"))]
     if weights + cache > device.memory_bytes:
         found.append(Finding("refuse", "model", f"{_gb(weights)} of weights and {_gb(cache)} of KV cache do not "

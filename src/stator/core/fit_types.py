@@ -24,6 +24,7 @@ class EngineSettings:
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    nnodes: int = 1
     max_model_len: int | None = None
     block_size: int | None = None
     gpu_memory_utilization: float = 0.92

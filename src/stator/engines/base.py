@@ -12,8 +12,9 @@ KV blocks: a sequence's blocks are freed (kept as reusable prefix cache) when it
 holds its blocks for `TRANSFER_HOLD_S`, or until they were fetched or released.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from stator.ids import InstanceId, RequestId, TransferId
 from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, KvEvent
@@ -43,6 +44,25 @@ class EngineHost(Protocol):
     def register(self, endpoint: Endpoint) -> None: ...
 
     def on_dead(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlace:
+    """Which part of an engine over several nodes this process runs.
+
+    hosts: of all nodes, by rank. instance_id: of rank 0, under which the engine is known. master_address, master_port:
+    where the engine's own processes meet.
+    """
+
+    rank: int
+    hosts: tuple[str, ...]
+    instance_id: InstanceId
+    master_address: str
+    master_port: int
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.hosts)
 
 
 KvListener = Callable[[Sequence[KvEvent]], None]
@@ -90,4 +110,26 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """End every stream with ENGINE_DEAD, free everything. No thread, process or file is left. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class SpreadEngine(Engine, Protocol):
+    """An engine that can spread over several nodes, with one process on each.
+
+    num_nodes: as configured. place: must be set before a start if num_nodes is not 1; then rank 0 is started with
+    `start` and serves requests, the others with `start_further_node`. master_port: as configured, None for a free one.
+    """
+
+    num_nodes: int
+    place: NodePlace | None
+    master_port: int | None
+
+    def shared_settings(self) -> Mapping[str, str]:
+        """What must be equal on all nodes, as text by flag."""
+        ...
+
+    async def start_further_node(self, host: EngineHost) -> None:
+        """Load this node's part of the model. From then on only `stop` may be called. host.on_dead is called when it
+        ends by itself. Raises ConfigError as `start` does."""
         ...

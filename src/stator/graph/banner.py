@@ -49,6 +49,15 @@ def join_lines(
     return lines
 
 
+def join_command(spec: ServiceSpec, directory: str, config: str, head: tuple[str, int], namespace: str) -> str:
+    """What starts the service alone on another node. config: where this one's is from, as messages name it."""
+    command = ["stator", "serve", component_target(spec, Path(directory))]
+    command += ["-f", config] if (Path(directory) / config).is_file() else []
+    command += ["--join", f"{url_host(head[0])}:{head[1]}"]
+    command += [] if namespace == DEFAULT_NAMESPACE else ["--namespace", namespace]
+    return shlex.join(command)
+
+
 def _joining(graph: Graph) -> list[ServiceSpec]:
     specs = dict(graph.services)
     for spec in graph.services.values():

@@ -1,6 +1,6 @@
 """What a running service is given: its identity, its configuration and the planes."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class ServiceContext:
     schema declares them, else a dict.
     process, copies: which one of how many processes of this service on this node, from 1. listen_fd: a bound socket
     for clients that the copies share; None if there is one, which opens its own.
+    join_command: starts this service on one more node.
     client, discovery, lease, directory and network are shared by the services of one process; server, instance_id and
     tasks are this instance's own. tasks are cancelled after the on_stop hooks.
     """
@@ -51,11 +52,14 @@ class ServiceContext:
     tasks: TaskOwner
     open_queue: Callable[[str], JobQueue] = field(repr=False)
     on_fail: Callable[[str], None] = field(repr=False)
+    on_leave: Callable[[str], None] = field(repr=False)
     on_serving: Callable[[Serving], None] = field(repr=False)
     fields: InfoFields
     process: int = 1
     copies: int = 1
     listen_fd: int | None = None
+    join_command: str = ""
+    stop_following: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
 
     def queue(self, name: str) -> JobQueue:
         """The deployment's queue of that name; the same object for the same name. Closed with the process."""
@@ -76,6 +80,16 @@ class ServiceContext:
     def fail(self, reason: str) -> None:
         """This instance can do no more (a dead engine): leave discovery, stop the process, be started again."""
         self.on_fail(f"{self.service}: {reason}")
+
+    def leave(self, reason: str) -> None:
+        """What this instance was part of is gone, through no fault of its own: as `fail`, but it does not count as a
+        failure of this process."""
+        self.on_leave(f"{self.service}: {reason}")
+
+    def follow(self, on_stop: Callable[[], Awaitable[None]]) -> None:
+        """Call it in an on_start hook: this process works for another instance. It is not announced, takes no calls,
+        and none of its on_drain and on_stop hooks run; on_stop is awaited at its end instead."""
+        self.stop_following = on_stop
 
     def info(self, state: InstanceState, *, endpoints: tuple[str, ...], pid: int) -> InstanceInfo:
         return InstanceInfo(

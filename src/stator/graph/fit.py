@@ -41,7 +41,8 @@ class PlacedFinding(msgspec.Struct, frozen=True):
 
 
 class SectionFit(msgspec.Struct, frozen=True):
-    """model_source: where the model's facts are from. gpus: of one process; 0 on a CPU."""
+    """model_source: where the model's facts are from. gpus: of one process; 0 on a CPU. num_nodes: that one engine
+    spreads over, with a process on each."""
 
     section: str
     model: str
@@ -51,6 +52,7 @@ class SectionFit(msgspec.Struct, frozen=True):
     pipeline_parallel_size: int
     report: FitReport
     findings: list[PlacedFinding]
+    num_nodes: int = 1
 
     @property
     def refused(self) -> bool:
@@ -128,6 +130,7 @@ def _fit_section(
         pipeline_parallel_size=settings.pipeline_parallel_size,
         report=report,
         findings=[_placed(name, config, configuration, finding) for finding in found],
+        num_nodes=settings.nnodes,
     )
 
 
@@ -158,7 +161,7 @@ def _gpus(plan: ProcessPlan, inventory: Inventory | None, settings: EngineSettin
     """Of the process, or those that it would find by itself when nobody on the node was given any."""
     if plan.gpus or "CUDA_VISIBLE_DEVICES" in plan.environment:
         return list(plan.gpus)
-    needed = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    needed = settings.tensor_parallel_size * settings.pipeline_parallel_size // settings.nnodes
     return (inventory or find_gpus()).gpus[:needed]
 
 

@@ -14,6 +14,7 @@ def fit_lines(fit: SectionFit) -> list[str]:
     report = fit.report
     lines = [f"  {fit.section}  ({fit.model})"]
     rows = [("model", _model(fit)), ("weights", _weights(report)), ("each process", _split(fit))]
+    rows += [("nodes", text) for text in _nodes(fit)]
     rows += [(label, _stage(report, stage)) for label, stage in _stages(report.stages)]
     rows += [("KV cache", text) for text in _kv(report.kv, report.max_model_len)]
     lines += [f"    {label:<{_LABEL}}{text}" for label, text in rows if text]
@@ -43,6 +44,17 @@ def _split(fit: SectionFit) -> str:
     memory = fit.report.device_bytes
     shown = f"{memory / GB:.1f} GB usable" if memory else "memory not known"
     return f"{parallel}; {fit.gpus} x {fit.report.device}, {shown}"
+
+
+def _nodes(fit: SectionFit) -> list[str]:
+    if fit.num_nodes == 1:
+        return []
+    ranks = fit.tensor_parallel_size * fit.pipeline_parallel_size // fit.num_nodes
+    return [
+        f"{fit.num_nodes} nodes run one engine, {ranks} {'GPUs' if fit.gpus else 'ranks'} on each; it loads when all "
+        f"have come",
+        f"one command per node: this one here, `stator serve` of {fit.section}'s component with --join on each other",
+    ]
 
 
 def _stages(stages: Sequence[StageFit]) -> list[tuple[str, StageFit]]:

@@ -33,6 +33,8 @@ class RunningService:
         """Run the on_start hooks, then take calls. Raises what a hook raises."""
         for hook in self.spec.start_hooks:
             await self._run(hook)
+        if self.context.stop_following is not None:
+            return
         self._started = True
         for endpoint in self.spec.endpoints:
             self.context.server.register(self._endpoint(endpoint))
@@ -45,8 +47,10 @@ class RunningService:
         return self._call_tasks.endpoint(spec.name, spec.request_type, function)
 
     async def announce(self, state: InstanceState, pid: int) -> None:
-        """Put this instance into discovery, or change its state there."""
+        """Put this instance into discovery, or change its state there. Not one that works for another."""
         context = self.context
+        if context.stop_following is not None:
+            return
         names = tuple(endpoint.name for endpoint in self.spec.endpoints)
         await register_instance(context.discovery, context.lease, context.info(state, endpoints=names, pid=pid))
 
@@ -58,6 +62,11 @@ class RunningService:
         """Run the on_stop hooks, end the tasks and stop listening. A hook that fails is logged."""
         for hook in self.spec.stop_hooks if self._started else ():
             await self._run_quietly(hook)
+        if (stop_following := self.context.stop_following) is not None:
+            try:
+                await stop_following()
+            except Exception:
+                logger.exception("%s: what it ran for another instance failed to stop", self.spec.name)
         await self.context.tasks.close()
         await self._call_tasks.close()
         await self.context.server.close()

@@ -198,16 +198,24 @@ def check_gpus(name: str, section: Section, configuration: Configuration, errors
     if not isinstance(config, WorkerConfig) or config.engine != "vllm" or gpu == 0:
         return
     values, origins = config.engine_args, config.engine_arg_origins
-    if values.get("nnodes") not in (None, 1):
-        return
     sizes = {key: int(values.get(key) or 1) for key in ("tensor_parallel_size", "pipeline_parallel_size")}
     needed = prod(sizes.values())
+    num_nodes = int(values.get("nnodes") or 1)
+    over = f" over {num_nodes} nodes" if num_nodes > 1 else ""
+    flags = " and ".join(f"{kebab(key)} {size}" for key, size in sizes.items() if size > 1)
+    if needed % num_nodes:
+        errors.add(
+            origins["nnodes"],
+            f"{name}: nnodes is {num_nodes}, and {flags or 'tensor-parallel-size 1'} makes {needed} GPUs: expected a "
+            f"number that divides them",
+        )
+        return
+    needed //= num_nodes
     if needed > max(1, gpu):
-        flags = " and ".join(f"{kebab(key)} {size}" for key, size in sizes.items() if size > 1)
         origin = next(origins[key] for key, size in sizes.items() if size > 1)
         errors.add(
             origin,
-            f"{name}: {flags} needs {needed} GPUs for a process, and ServiceArgs.resources.gpu is {gpu:g} "
+            f"{name}: {flags}{over} needs {needed} GPUs for a process, and ServiceArgs.resources.gpu is {gpu:g} "
             f"({node.origin})",
         )
 

@@ -18,10 +18,12 @@ from stator.config.schema import WorkerConfig
 from stator.discovery.base import Lease
 from stator.engines.registry import check_installed
 from stator.errors import ConfigError, ErrorCode, StatorError
+from stator.graph import banner
 from stator.graph.client import ServiceClient
 from stator.graph.context import InfoFields, ServiceContext
 from stator.graph.graph import Graph
 from stator.graph.instance import RunningService
+from stator.graph.network import is_loopback, is_wildcard
 from stator.graph.planes import Planes
 from stator.graph.protocol import ChildSpec, ExitCode, Ready, Report
 from stator.graph.service import ServiceSpec
@@ -56,6 +58,7 @@ class ServiceProcess:
         self._report = report
         self._stopping = asyncio.Event()
         self._failure: str | None = None
+        self._left = False
         self._running: dict[str, RunningService] = {}
 
     def request_stop(self) -> None:
@@ -67,6 +70,12 @@ class ServiceProcess:
             logger.error("stopping: %s", reason)
             self._failure = reason
         self._stopping.set()
+
+    def _leave(self, reason: str) -> None:
+        """As `_fail`, for a reason that lies elsewhere: the exit is one that is not counted."""
+        if self._failure is None:
+            self._left = True
+        self._fail(reason)
 
     async def run(self) -> ExitCode:
         """Raises ConfigError, StatorError or whatever a service's start raises, after everything is closed."""
@@ -125,6 +134,8 @@ class ServiceProcess:
         if lease.lost.is_set():
             logger.error("the lease is lost (the hub did not hear from this process in time); leaving for a new start")
             return ExitCode.FENCED
+        if self._left:
+            return ExitCode.FENCED
         return ExitCode.OK if self._failure is None else ExitCode.FAILURE
 
     async def _until_stopped(self, lease: Lease, work: Any) -> bool:
@@ -172,11 +183,15 @@ class ServiceProcess:
             tasks=TaskOwner(spec.name),
             open_queue=planes.queue,
             on_fail=self._fail,
+            on_leave=self._leave,
             on_serving=self._report,
             fields=InfoFields(spec.role),
             process=child.index,
             copies=child.copies if is_first else 1,
             listen_fd=child.listen_fd if is_first else None,
+            join_command=banner.join_command(
+                spec, child.directory, child.source, self._hub_for_others(), child.namespace
+            ),
         )
         instance: object = spec.cls()
         for attribute, (other, linked) in self._graph.resolve(spec).items():
@@ -185,6 +200,11 @@ class ServiceProcess:
             )
             setattr(instance, attribute, client)
         return RunningService(spec, context, instance, calls.CallTasks(spec.name))
+
+    def _hub_for_others(self) -> tuple[str, int]:
+        """The head's own processes reach the hub at an address that is no use elsewhere."""
+        host, port = self._spec.hub
+        return (self._spec.advertise if is_loopback(host) or is_wildcard(host) else host), port
 
     def _unix_path(self, spec: ServiceSpec, instance_id: InstanceId) -> str | None:
         """For what this node's own processes call: services made to be colocated, and copies among each other."""

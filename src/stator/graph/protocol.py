@@ -12,7 +12,8 @@ from stator.config.tree import Node
 
 
 class ExitCode(IntEnum):
-    """FENCED: the instance lost its lease and stopped by itself; it may come back at once under a new identity."""
+    """FENCED: the instance lost its lease, or the others of its group, and stopped by itself; it may come back at once
+    under a new identity."""
 
     OK = 0
     FAILURE = 1

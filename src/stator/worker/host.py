@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from stator.engines.base import NodePlace
 from stator.ids import InstanceId
 from stator.transport.base import Endpoint, TransportClient, TransportServer
 from stator.transport.settings import Identity
@@ -11,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerHost:
-    """on_dead is called at most once, with the engine's reason."""
+    """on_dead is called at most once, with the engine's reason. place: of an engine over several nodes."""
 
     def __init__(
         self,
@@ -23,6 +24,7 @@ class WorkerHost:
     ) -> None:
         self.instance_id = instance_id
         self.client = client
+        self.place: NodePlace | None = None
         self._server = server
         self._on_dead: Callable[[str], None] | None = on_dead
 
@@ -41,5 +43,8 @@ class WorkerHost:
     def on_dead(self, reason: str) -> None:
         callback, self._on_dead = self._on_dead, None
         if callback is not None:
+            if (place := self.place) is not None:
+                hosts = ", ".join(place.hosts)
+                reason += f" (node {place.rank} of {place.num_nodes}: {hosts}; the cause may be on another of them)"
             logger.error("the engine of %s is dead: %s", self.instance_id, reason)
             callback(reason)

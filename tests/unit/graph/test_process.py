@@ -197,6 +197,59 @@ def test_a_service_that_fails_leaves_with_a_failure() -> None:
     asyncio.run(main())
 
 
+def test_what_was_left_alone_by_others_leaves_without_a_failure() -> None:
+    @service
+    class Left:
+        @on_start
+        async def start(self, context: ServiceContext) -> None:
+            context.leave("the first node has ended")
+
+    async def main() -> None:
+        reports: asyncio.Queue[Report] = asyncio.Queue(16)
+        _, task = await run(make_spec(["Left"]), Left, MemoryDiscovery(), reports)
+        assert await task is ExitCode.FENCED
+
+    asyncio.run(main())
+
+
+def test_a_process_that_works_for_another_instance_is_ready_but_not_announced() -> None:
+    @service
+    class Further:
+        @on_start
+        async def start(self, context: ServiceContext) -> None:
+            log.append(context.join_command)
+            context.follow(self.finish)
+
+        async def finish(self) -> None:
+            log.append("finish")
+
+        @endpoint
+        async def greet(self, request: Word) -> Word:
+            return request
+
+        @on_drain
+        async def drain(self) -> None:
+            log.append("drain")
+
+        @on_stop
+        async def stop(self) -> None:
+            log.append("stop")
+
+    async def main() -> None:
+        log.clear()
+        reports: asyncio.Queue[Report] = asyncio.Queue(16)
+        discovery = MemoryDiscovery()
+        process, task = await run(make_spec(["Further"]), Further, discovery, reports)
+        assert await reports.get() == Ready()
+        assert not await discovery.get_prefix("instances/")
+        process.request_stop()
+        assert await task is ExitCode.OK
+        (command, *did) = log
+        assert command.endswith("Further' --join 127.0.0.1:1 --namespace ns") and did == ["finish"]
+
+    asyncio.run(main())
+
+
 def test_no_instance_is_an_error_at_the_sink_and_in_a_call() -> None:
     ended: list[StatorError | None] = []
 

@@ -1,19 +1,27 @@
 """Fits of a node's sections: which GPUs, and where a finding was written."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stator.config.vllm_models import vllm_models
+from stator.core.fit import evaluate
+from stator.core.fit_types import Device, EngineSettings
+from stator.core.model_shape import read_shape
 from stator.errors import ConfigError
 from stator.graph import node
 from stator.graph.fit import SectionFit
+from stator.graph.fit_text import fit_lines
 from stator.graph.gpu_facts import device_of, find_gpu, gpu_facts
 from stator.graph.gpus import GB, Gpu, parse_assumed
 from stator.graph.machine import MIB
 from stator.graph.node import ServeOptions, prepare
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "llm"
+MODELS = EXAMPLES.parents[1] / "src" / "stator" / "models"
 GIB = 1024**3
 
 
@@ -154,6 +162,54 @@ def test_a_model_that_is_not_here_is_a_note(tmp_path: Path) -> None:
     assert "someone/else is not on this machine" in fit.findings[0].message
     fit = only(prepared(tmp_path, CONFIG.replace("nvidia/Llama-3.1-405B-Instruct-FP8", "./m"), gpus="8xH100-80GB").fits)
     assert [f.level for f in fit.findings] == ["note"]
+
+
+SEVERAL_NODES = CONFIG.replace("tensor-parallel-size: 8", "tensor-parallel-size: 16\n  nnodes: 2")
+
+
+def test_an_engine_over_several_nodes_is_fitted_to_the_gpus_of_one(tmp_path: Path) -> None:
+    fit = only(prepared(tmp_path, SEVERAL_NODES, gpus="8xH100-80GB").fits)
+    assert (fit.num_nodes, fit.gpus, fit.tensor_parallel_size) == (2, 8, 16)
+    one = only(prepared(tmp_path, CONFIG, gpus="8xH100-80GB").fits)
+    (half,), (whole,) = fit.report.stages, one.report.stages
+    assert 0.49 < half.weight_bytes / whole.weight_bytes < 0.52
+    text = "\n".join(fit_lines(fit))
+    assert "tensor-parallel-size 16, pipeline-parallel-size 1; 8 x H100" in text
+    assert "2 nodes run one engine, 8 GPUs on each; it loads when all have come" in text
+    assert "one command per node: this one here, `stator serve` of VllmWorker's component with --join" in text
+    assert "one command per node" not in "\n".join(fit_lines(one))
+    staged = SEVERAL_NODES.replace("size: 16", "size: 8\n  pipeline-parallel-size: 2")
+    assert len(only(prepared(tmp_path, staged, gpus="8xH100-80GB").fits).report.stages) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("nnodes: 2", "nnodes: 3"), r"c.yaml:7: VllmWorker: nnodes is 3, and tensor-parallel-size 16 makes 16 GPUs"),
+        (
+            ("gpu: 8", "gpu: 4"),
+            r"c.yaml:6: VllmWorker: tensor-parallel-size 16 over 2 nodes needs 8 GPUs for a process",
+        ),
+        (("  nnodes: 2\n", ""), r"tensor-parallel-size 16 needs 16 GPUs for a process"),
+    ],
+)
+def test_nodes_that_do_not_divide_the_ranks_are_refused(tmp_path: Path, change: tuple[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        prepared(tmp_path, SEVERAL_NODES.replace(*change), gpus="8xH100-80GB")
+
+
+def test_machines_without_gpus_share_the_weights() -> None:
+    settings = EngineSettings(tensor_parallel_size=2, nnodes=2, num_gpu_blocks_override=2, max_model_len=64)
+    model = read_shape(json.loads((MODELS / "tiny-llama" / "config.json").read_text()), None)
+
+    def refused(settings: EngineSettings, memory: int) -> list[str]:
+        report = evaluate(model, None, settings, Device("CPU", memory, is_cpu=True), vllm_models())
+        return [f.message for f in report.findings if f.level == "refuse" and "do not fit into" in f.message]
+
+    one = replace(settings, nnodes=1)
+    enough = next(size for size in range(10**6, 10**9, 10**6) if not refused(one, size))
+    assert refused(one, enough * 3 // 4) and not refused(settings, enough * 3 // 4)
+    assert refused(settings, enough // 3)
 
 
 def test_other_engines_are_not_asked(tmp_path: Path) -> None:

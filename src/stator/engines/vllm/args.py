@@ -6,11 +6,15 @@ engine under Stator must have is added: no statistics of vLLM's own, its KV even
 
 import json
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from stator.engines.base import NodePlace
+from stator.engines.vllm.connectors import read_config
+from stator.engines.vllm.version import installed_version
 from stator.errors import ConfigError
 
 DEFAULT_CPU_KV_BYTES = 1 << 30
@@ -19,7 +23,12 @@ DEFAULT_CPU_KV_BYTES = 1 << 30
 OURS = {
     "kv_events_config": "Stator's routers follow the engine's KV events by it",
     "disable_log_stats": "Stator's metrics come from the engine's statistics",
+    "node_rank": "the nodes of one engine find each other, and the first to start is rank 0",
+    "master_addr": "the nodes of one engine find each other, and the first to start is rank 0",
 }
+_OF_ONE_NODE = {"hf_token", "download_dir", "master_port", "numa_bind_nodes", "numa_bind_cpus"}
+"""Flags that may differ between the nodes of one engine, or must not travel."""
+
 _CPU_DEFAULTS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM would bind every engine of a machine to the same cores."""
 
@@ -53,6 +62,14 @@ class VllmSettings:
         return prod(int(size or 1) for size in sizes)
 
     @property
+    def num_nodes(self) -> int:
+        return int(self.flags.get("nnodes") or 1)
+
+    @property
+    def master_port(self) -> int | None:
+        return self.flags.get("master_port")
+
+    @property
     def dp_ranks(self) -> int:
         return int(self.flags.get("data_parallel_size") or 1)
 
@@ -66,12 +83,67 @@ def settings_from_section(values: Mapping[str, Any]) -> VllmSettings:
     for key, reason in OURS.items():
         if flags.get(key) is not None:
             raise ConfigError(f"{key.replace('_', '-')} cannot be set: {reason}; leave it out")
+    _check_nodes(flags)
     names = flags.pop("served_model_name", None)
     name = names[0] if isinstance(names, list) and names else names
     kv_transfer_config = flags.pop("kv_transfer_config", None)
     lora_modules = flags.pop("lora_modules", None) or {}
     revision = flags.pop("revision", None)
     return VllmSettings(model, str(name or model), flags, revision, kv_transfer_config, dict(lora_modules))
+
+
+def _check_nodes(flags: Mapping[str, Any]) -> None:
+    if int(flags.get("nnodes") or 1) == 1:
+        return
+    if int(flags.get("data_parallel_size") or 1) > 1:
+        raise ConfigError(
+            f"nnodes is {flags['nnodes']} and data-parallel-size {flags['data_parallel_size']}: Stator spreads one "
+            f"replica over several nodes; leave data-parallel-size out, and start as many groups of nodes as wanted"
+        )
+    if flags.get("distributed_executor_backend") not in (None, "mp"):
+        raise ConfigError(
+            f"distributed-executor-backend is {flags['distributed_executor_backend']}: with nnodes "
+            f"{flags['nnodes']} it must be mp, or left out"
+        )
+
+
+def shared_settings(settings: VllmSettings) -> dict[str, str]:
+    """What the nodes of one engine must agree on, as text by flag; no secret is in it."""
+    values: dict[str, Any] = {
+        "model": settings.model,
+        "served_model_name": settings.name,
+        "revision": settings.revision,
+        "kv_transfer_config": read_config(settings.kv_transfer_config),
+        "lora_modules": settings.lora_modules,
+        **settings.flags,
+    }
+    texts = {
+        key.replace("_", "-"): value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        for key, value in values.items()
+        if value not in (None, {}) and key not in _OF_ONE_NODE
+    }
+    return {**texts, "vLLM's version": installed_version() or "unknown"}
+
+
+def node_flags(place: NodePlace) -> dict[str, Any]:
+    return {
+        "nnodes": place.num_nodes,
+        "node_rank": place.rank,
+        "master_addr": place.master_address,
+        "master_port": place.master_port,
+        "distributed_executor_backend": "mp",
+    }
+
+
+def node_environment(place: NodePlace) -> dict[str, str]:
+    """vLLM's queues between nodes listen at this address, which must be a number. May ask a name server."""
+    host = place.hosts[place.rank]
+    try:
+        return {"VLLM_HOST_IP": str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])}
+    except OSError as error:
+        raise ConfigError(
+            f"{host}, where other nodes reach this one, has no address here: {error.strerror}; see --advertise"
+        ) from None
 
 
 def command_line(settings: VllmSettings, *, model: str, kv_transfer: Mapping[str, Any], **added: Any) -> list[str]:

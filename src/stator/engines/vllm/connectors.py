@@ -41,7 +41,8 @@ class TransferPlane:
     """What this worker tells its engine's connector.
 
     host: to listen on; advertise: what peers on other machines connect to. num_data_parallel: engines that share this
-    process's settings; each takes ports of its own.
+    process's settings; each takes ports of its own. engine_id: vLLM's, of an engine over several nodes, each of which
+    would draw another.
     """
 
     namespace: str
@@ -52,6 +53,7 @@ class TransferPlane:
     num_data_parallel: int = 1
     hold_s: float = TRANSFER_HOLD_S
     timeout_s: float = TRANSFER_HOLD_S
+    engine_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def plan_connector(
     config = read_config(value)
     name = config.setdefault("kv_connector", NIXL_CONNECTOR if gpu else STATOR_CONNECTOR)
     config.setdefault("kv_role", "kv_both")
+    if plane.engine_id is not None:
+        config["engine_id"] = plane.engine_id
     if name not in (STATOR_CONNECTOR, NIXL_CONNECTOR):
         return ConnectorPlan(name, config)
     config.setdefault("kv_load_failure_policy", "recompute")
@@ -160,6 +164,15 @@ def _check_ports(host: str, port: str, count: int) -> None:
                     f"{NIXL_PORT}: port {number} on {host} cannot be listened on ({error.strerror}); each worker of a "
                     f"node needs its own: leave the variable out, and a free one is taken"
                 ) from None
+
+
+def listen_hosts(addresses: tuple[str, ...]) -> tuple[str, str]:
+    """(host to listen on, host that peers are told): where the worker itself is reached."""
+    for address in addresses:
+        if address.startswith("tcp://"):
+            host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+            return host, host
+    return "127.0.0.1", "127.0.0.1"
 
 
 def free_port(host: str, count: int = 1) -> int:

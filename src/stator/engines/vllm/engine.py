@@ -20,11 +20,12 @@ from typing import Any
 from stator.config.hub import Needs, resolve_async
 from stator.core.hashing import block_hashes
 from stator.core.sequence_limits import resumed_finish, validate
-from stator.engines.base import EngineHost, KvListener
+from stator.engines.base import EngineHost, KvListener, NodePlace
 from stator.engines.vllm import args as vllm_args
 from stator.engines.vllm import connectors
 from stator.engines.vllm import transfer as handover
 from stator.engines.vllm.args import VllmSettings
+from stator.engines.vllm.further_node import FurtherNode
 from stator.engines.vllm.kv_feed import KvEventFeed, kv_events_settings
 from stator.engines.vllm.load import LoadCounter
 from stator.engines.vllm.pairing import engine_pairing
@@ -67,6 +68,10 @@ class VllmEngine:
         self._settings = settings
         self._hold_s = hold_s
         self._launcher = launcher
+        self.num_nodes = settings.num_nodes
+        self.master_port = settings.master_port
+        self.place: NodePlace | None = None
+        self._further_node: FurtherNode | None = None
         self._streams: dict[RequestId, _Stream] = {}
         self._holds: dict[TransferId, tuple[dict[str, Any], float]] = {}
         self._ended: StatorError | None = StatorError(ErrorCode.ENGINE_DEAD, "the engine has not been started")
@@ -77,13 +82,9 @@ class VllmEngine:
         self._eos: frozenset[int] = frozenset()
 
     async def start(self, host: EngineHost) -> EngineInfo:
-        self._host = host
-        self._loop = asyncio.get_running_loop()
-        self._tasks = TaskOwner("vLLM engine")
-        # Short, for the sockets in it: their paths have 107 bytes at most.
-        self._directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="stator-vllm-"))
+        await self._begin(host)
         try:
-            llm = self._llm = await self._launch(host)
+            llm = self._llm = await self._launcher.start(await self._arguments_of_vllm(host), self._counter.record)
             self._counter.num_blocks = llm.num_blocks
             self._eos = llm.eos_token_ids
             if self._endpoints:
@@ -96,7 +97,27 @@ class VllmEngine:
         llm.on_dead(self._die)
         return self._info(llm)
 
-    async def _launch(self, host: EngineHost) -> StartedVllm:
+    def shared_settings(self) -> dict[str, str]:
+        return vllm_args.shared_settings(self._settings)
+
+    async def start_further_node(self, host: EngineHost) -> None:
+        await self._begin(host)
+        try:
+            node = await self._launcher.start_further_node(await self._arguments_of_vllm(host))
+        except BaseException:
+            await self._clean_up()
+            raise
+        self._further_node = node
+        node.on_dead(host.on_dead)
+
+    async def _begin(self, host: EngineHost) -> None:
+        self._host = host
+        self._loop = asyncio.get_running_loop()
+        self._tasks = TaskOwner("vLLM engine")
+        # Short, for the sockets in it: their paths have 107 bytes at most.
+        self._directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="stator-vllm-"))
+
+    async def _arguments_of_vllm(self, host: EngineHost) -> list[str]:
         settings = self._settings
         gpu = await asyncio.to_thread(self._launcher.has_gpu)
         self._plan = plan = connectors.plan_connector(
@@ -115,21 +136,26 @@ class VllmEngine:
         model = await resolve_async(settings.model, settings.revision, needs=Needs.VLLM)
         if model.revision:
             added |= {"revision": model.revision, "tokenizer_revision": model.revision}
-        vllm_args.set_environment(plan.environment, gpu=gpu, num_workers=settings.num_workers)
-        arguments = vllm_args.command_line(settings, model=model.engine_model_string, kv_transfer=plan.config, **added)
-        return await self._launcher.start(arguments, self._counter.record)
+        environment = dict(plan.environment)
+        if self.place is not None:
+            added |= vllm_args.node_flags(self.place)
+            environment |= await asyncio.to_thread(vllm_args.node_environment, self.place)
+        vllm_args.set_environment(environment, gpu=gpu, num_workers=settings.num_workers)
+        return vllm_args.command_line(settings, model=model.engine_model_string, kv_transfer=plan.config, **added)
 
     def _plane(self, host: EngineHost) -> connectors.TransferPlane:
         identity = host.identity
-        listen, advertise = _listen_hosts(host.addresses)
+        listen, advertise = connectors.listen_hosts(host.addresses)
         return connectors.TransferPlane(
             namespace=identity.namespace,
-            instance_id=host.instance_id,
+            # Peers know an engine by one name, whichever of its nodes they fetch from.
+            instance_id=host.instance_id if self.place is None else self.place.instance_id,
             token_file=connectors.write_token_file(identity.token or "", self._directory),
             host=listen,
             advertise=advertise,
             num_data_parallel=self._settings.dp_ranks,
             hold_s=self._hold_s,
+            engine_id=None if self.place is None else str(self.place.instance_id),
         )
 
     def _info(self, llm: StartedVllm) -> EngineInfo:
@@ -217,7 +243,7 @@ class VllmEngine:
 
     async def stop(self) -> None:
         async with self._stop_lock:
-            if self._llm is None:
+            if self._llm is None and self._further_node is None:
                 return
             self._end_all(StatorError(ErrorCode.ENGINE_DEAD, "the engine was stopped"))
             await self._clean_up()
@@ -228,6 +254,9 @@ class VllmEngine:
         if llm is not None:
             await llm.shut_down(SHUTDOWN_S)
             self._counter.ranks.clear()
+        node, self._further_node = self._further_node, None
+        if node is not None:
+            await node.shut_down()
         if self._feed is not None:
             await self._feed.close()
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
@@ -443,15 +472,6 @@ class VllmEngine:
             self._ended = error
         for stream in list(self._streams.values()):
             self._fail(stream, StatorError(error.code, error.message))
-
-
-def _listen_hosts(addresses: tuple[str, ...]) -> tuple[str, str]:
-    """(host to listen on, host that peers are told): where the worker itself is reached."""
-    for address in addresses:
-        if address.startswith("tcp://"):
-            host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-            return host, host
-    return "127.0.0.1", "127.0.0.1"
 
 
 def _as_error(error: Exception) -> StatorError:

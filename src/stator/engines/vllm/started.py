@@ -6,13 +6,19 @@ vLLM is not typed for us and may not be installed: its objects are Any here, and
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from stator.engines.vllm import args as vllm_args
+from stator.engines.vllm import further_node
+from stator.engines.vllm.further_node import FurtherNode
 
 logger = logging.getLogger(__name__)
+
+KILL_EVERY_S = 0.5
+"""How often, during a start that was given up, processes that vLLM has started meanwhile are looked for."""
 
 Record = Callable[[Any, Any, int], None]
 """(SchedulerStats or None, IterationStats or None, data-parallel rank): called after every engine step."""
@@ -27,6 +33,10 @@ class Launch(Protocol):
 
     async def start(self, arguments: list[str], record: Record) -> "StartedVllm":
         """arguments: of vLLM's command line. Raises ConfigError for those that it refuses."""
+        ...
+
+    async def start_further_node(self, arguments: list[str]) -> FurtherNode:
+        """Of an engine over several nodes; arguments as for `start`."""
         ...
 
 
@@ -44,6 +54,9 @@ class ProcessLaunch:
         llm = await _in_thread(build, arguments, record)
         logger.info("vLLM is up after %.1f s", time.monotonic() - started_at)
         return StartedVllm(llm)
+
+    async def start_further_node(self, arguments: list[str]) -> FurtherNode:
+        return FurtherNode(await _in_thread(further_node.build, arguments))
 
 
 def build(arguments: list[str], record: Record) -> Any:
@@ -88,12 +101,16 @@ def _stat_logger(record_step: Record) -> Any:
 
 
 async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """As asyncio.to_thread, but a cancelled wait waits on: what is half started must be there to be shut down."""
+    """As asyncio.to_thread, but a cancelled wait waits on: what is half started must be there to be shut down. vLLM's
+    processes are killed for it: they may be waiting for a peer that never comes."""
     task = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         with contextlib.suppress(Exception):
+            while not (await asyncio.wait([task], timeout=KILL_EVERY_S))[0]:
+                for process in multiprocessing.active_children():
+                    process.kill()
             llm = await task
             await asyncio.to_thread(llm.shutdown)
         raise
