@@ -214,7 +214,7 @@ class StartedVllm:
             await asyncio.gather(llm.output_handler, return_exceptions=True)
         await asyncio.to_thread(llm.shutdown, timeout_s)
         # Its __del__ shuts down again, at the interpreter's end with half of vLLM's modules gone.
-        llm.shutdown = lambda *_: None
+        llm.shutdown = _nothing
 
     def _watch_first_outputs(self) -> None:
         """RequestOutput has one number for what was cached, here and at a peer; the core's own outputs have both."""
@@ -229,6 +229,10 @@ class StartedVllm:
             return process(outputs, *arguments, **keywords)
 
         self._llm.output_processor.process_outputs = process_outputs
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _version() -> str:
