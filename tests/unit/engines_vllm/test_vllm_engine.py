@@ -221,6 +221,9 @@ async def test_a_transfer_goes_over_only_if_its_peer_lives_and_it_fits() -> None
         _, added = await sent(one, vllm, with_transfer(other, transfer(request, port), "o"))
         assert "extra_args" not in added.sampling, "made for other tokens"
         added.on_output(output([1], "stop"))
+        sink, added = await sent(one, vllm, with_transfer(request, transfer(request, port), "failed"))
+        added.on_output(output([], "error"))
+        assert (await sink.wait_error()).code is ErrorCode.TRANSFER_FAILED
         server.close()
         await server.wait_closed()
         _, added = await sent(one, vllm, with_transfer(request, transfer(request, port), "late"))

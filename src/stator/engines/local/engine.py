@@ -19,6 +19,7 @@ from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.runner import Chunk, Runner, SampleSpec
 from stator.engines.local.transfer import CONNECTOR, TransferParams, as_dict, parse_transfer
 from stator.engines.local.worker_thread import WorkerThread
+from stator.engines.sinks import end_sink, push_last
 from stator.engines.transfer.fetcher import BlockFetcher
 from stator.engines.transfer.messages import digest_tokens
 from stator.engines.transfer.server import BlockServer
@@ -126,11 +127,11 @@ class LocalEngine:
 
     def generate(self, request: EngineRequest, sink: Sink) -> None:
         if (error := self._refusal(request)) is not None:
-            asyncio.get_running_loop().call_soon(_end, sink, error)
+            asyncio.get_running_loop().call_soon(end_sink, sink, error)
             return
         reason = self._scheduler.finished_on_arrival(request)
         if reason is not None:
-            self._loop.call_soon(_push_last, sink, TokenDelta([], reason, 0))
+            self._loop.call_soon(push_last, sink, TokenDelta([], reason, 0))
             return
         transfer = self._usable_transfer(request)
         num_fetchable = transfer.num_tokens if transfer is not None else 0
@@ -140,7 +141,7 @@ class LocalEngine:
 
     def prefill(self, request: EngineRequest, sink: Sink) -> None:
         if (error := self._refusal(request)) is not None:
-            asyncio.get_running_loop().call_soon(_end, sink, error)
+            asyncio.get_running_loop().call_soon(end_sink, sink, error)
             return
         transfer_id = TransferId(f"{self._host.instance_id}.{self._rng.getrandbits(96):024x}")
         sequence = self._scheduler.add(request, seed=0, hold_as=transfer_id)
@@ -154,7 +155,7 @@ class LocalEngine:
         self._drop(stream)
         error = StatorError(ErrorCode.CANCELLED, "the request was cancelled")
         # Not from inside the caller's call, which may be in the midst of a change of its own.
-        self._loop.call_soon(_end, stream.sink, error)
+        self._loop.call_soon(end_sink, stream.sink, error)
         self._wake.set()
 
     def release(self, transfer_id: TransferId) -> None:
@@ -243,7 +244,7 @@ class LocalEngine:
             return
         del self._streams[sequence.request_id]
         self._release_at_peer(stream)
-        _push_last(stream.sink, delta)
+        push_last(stream.sink, delta)
 
     def _delta(self, stream: _Stream, token_id: int, reason: FinishReason | None) -> TokenDelta:
         if stream.started:
@@ -271,7 +272,7 @@ class LocalEngine:
             digest=digest_tokens(sequence.request, sequence.num_tokens),
         )
         num_prompt = num_tokens(sequence.request.prompt_ids)
-        _push_last(stream.sink, PrefillResult(as_dict(params), num_prompt, min(sequence.num_cached, num_prompt)))
+        push_last(stream.sink, PrefillResult(as_dict(params), num_prompt, min(sequence.num_cached, num_prompt)))
 
     def _push(self, stream: _Stream, delta: TokenDelta) -> None:
         try:
@@ -389,7 +390,7 @@ class LocalEngine:
         self._streams.clear()
         for stream in streams:
             self._drop(stream)
-            _end(stream.sink, StatorError(error.code, error.message))
+            end_sink(stream.sink, StatorError(error.code, error.message))
 
     def _drop(self, stream: _Stream) -> None:
         """Free what the engine and a prefill engine hold for a stream that is no longer in `_streams`."""
@@ -435,21 +436,6 @@ def _export(runner: Runner, block_ids: Sequence[int], num_bytes: int) -> list[by
 def _import(runner: Runner, blocks: list[tuple[int, bytes]]) -> None:
     for block_id, content in blocks:
         runner.import_block(block_id, content)
-
-
-def _end(sink: Sink, error: StatorError | None) -> None:
-    try:
-        sink.end(error)
-    except Exception:
-        logger.exception("a sink failed at its end")
-
-
-def _push_last(sink: Sink, item: TokenDelta | PrefillResult) -> None:
-    try:
-        sink.items([item])
-    except Exception:
-        logger.exception("a sink failed at its last item")
-    _end(sink, None)
 
 
 def _scheduler_config(args: LocalEngineArgs, runner: Runner) -> SchedulerConfig:

@@ -21,6 +21,7 @@ from stator.config.hub import Needs, resolve_async
 from stator.core.hashing import block_hashes
 from stator.core.sequence_limits import resumed_finish, validate
 from stator.engines.base import EngineHost, KvListener, NodePlace
+from stator.engines.sinks import end_sink, push_last
 from stator.engines.vllm import args as vllm_args
 from stator.engines.vllm import connectors
 from stator.engines.vllm import transfer as handover
@@ -90,12 +91,14 @@ class VllmEngine:
             if self._endpoints:
                 self._feed = KvEventFeed(self._settings.name, llm.block_size, self._endpoints)
                 await self._feed.start()
+            # Reads samples of the weights.
+            pairing = await asyncio.to_thread(engine_pairing, llm.config, self._plan.name, engine_version=llm.version)
         except BaseException:
             await self._clean_up()
             raise
         self._ended = None
         llm.on_dead(self._die)
-        return self._info(llm)
+        return self._info(llm, pairing)
 
     def shared_settings(self) -> dict[str, str]:
         return vllm_args.shared_settings(self._settings)
@@ -158,7 +161,7 @@ class VllmEngine:
             engine_id=None if self.place is None else str(self.place.instance_id),
         )
 
-    def _info(self, llm: StartedVllm) -> EngineInfo:
+    def _info(self, llm: StartedVllm, pairing: dict[str, str]) -> EngineInfo:
         return EngineInfo(
             engine="vllm",
             version=llm.version,
@@ -168,7 +171,7 @@ class VllmEngine:
             max_num_seqs=llm.max_num_seqs,
             max_num_batched_tokens=llm.max_num_batched_tokens,
             max_model_len=llm.max_model_len,
-            pairing=engine_pairing(llm.config, self._plan.name, engine_version=llm.version),
+            pairing=pairing,
             cannot_resume=CANNOT_RESUME,
             model_id=self._settings.model,
             device=llm.device,
@@ -178,18 +181,18 @@ class VllmEngine:
 
     def generate(self, request: EngineRequest, sink: Sink) -> None:
         if (error := self._refusal(request)) is not None:
-            asyncio.get_running_loop().call_soon(_end, sink, error)
+            asyncio.get_running_loop().call_soon(end_sink, sink, error)
             return
         reason = resumed_finish(request, self._eos)
         if reason is not None:
-            self._loop.call_soon(_push_last, sink, TokenDelta([], reason, 0))
+            self._loop.call_soon(push_last, sink, TokenDelta([], reason, 0))
             return
         stream = self._streams[request.request_id] = _Stream(request, sink, transfer=self._usable_transfer(request))
         self._tasks.spawn(self._submit(stream), f"submit {request.request_id}")
 
     def prefill(self, request: EngineRequest, sink: Sink) -> None:
         if (error := self._refusal(request)) is not None:
-            asyncio.get_running_loop().call_soon(_end, sink, error)
+            asyncio.get_running_loop().call_soon(end_sink, sink, error)
             return
         stream = _Stream(request, sink, transfer_id=TransferId(f"{self._host.instance_id}.{secrets.token_hex(12)}"))
         self._streams[request.request_id] = stream
@@ -202,7 +205,7 @@ class VllmEngine:
         self._drop(stream)
         # Not from inside the caller's call, which may be in the midst of a change of its own.
         error = StatorError(ErrorCode.CANCELLED, "the request was cancelled")
-        self._loop.call_soon(_end, stream.sink, error)
+        self._loop.call_soon(end_sink, stream.sink, error)
 
     def release(self, transfer_id: TransferId) -> None:
         hold = self._holds.pop(transfer_id, None)
@@ -271,7 +274,6 @@ class VllmEngine:
             arguments = await self._arguments(stream)
             if stream.ended:
                 return
-            _, rank = self._cached(stream.request)
             await llm.add(
                 stream.request.request_id,
                 unpack(stream.request.prompt_ids) + unpack(stream.request.resume_ids),
@@ -281,7 +283,7 @@ class VllmEngine:
                 cache_salt=stream.request.cache_salt,
                 lora=self._lora(stream.request),
                 priority=stream.request.priority,
-                dp_rank=rank,
+                dp_rank=self._cached(stream.request)[1] if self._settings.dp_ranks > 1 else None,
             )
         except StatorError as error:
             self._fail(stream, error)
@@ -342,7 +344,7 @@ class VllmEngine:
         blocks, rank = feed.longest_prefix(chain)
         # vLLM looks up one token less than there are, since it needs the last one's logits.
         usable = min(blocks, (len(tokens) // BYTES_PER_TOKEN - 1) // llm.block_size)
-        return usable * llm.block_size, rank if usable and self._settings.dp_ranks > 1 else None
+        return usable * llm.block_size, rank if usable else None
 
     def _refusal(self, request: EngineRequest) -> StatorError | None:
         if self._ended is not None:
@@ -373,7 +375,7 @@ class VllmEngine:
         completion = output.outputs[0]
         reason = completion.finish_reason
         if reason is not None and reason not in _FINISHED:
-            self._fail(stream, StatorError(ErrorCode.ENGINE_DEAD, f"vLLM ended the request with {reason!r}"))
+            self._fail(stream, _no_ending(reason, stream))
             return
         if stream.transfer_id is not None:
             if reason is not None:
@@ -389,7 +391,7 @@ class VllmEngine:
             self._push(stream, delta)
             return
         self._forget(stream)
-        _push_last(stream.sink, delta)
+        push_last(stream.sink, delta)
 
     def _first_delta(self, stream: _Stream, output: Any, completion: Any, finish: FinishReason | None) -> TokenDelta:
         assert self._llm is not None
@@ -414,11 +416,11 @@ class VllmEngine:
                 num_cached_tokens=num_cached,
             )
         except ValueError as error:
-            _end(stream.sink, StatorError(ErrorCode.TRANSFER_FAILED, str(error)))
+            end_sink(stream.sink, StatorError(ErrorCode.TRANSFER_FAILED, str(error)))
             return
         self._keep_hold(transfer_id, handed)
         num_prompt = num_tokens(request.prompt_ids)
-        _push_last(stream.sink, PrefillResult(handed, num_prompt, min(num_cached, num_prompt)))
+        push_last(stream.sink, PrefillResult(handed, num_prompt, min(num_cached, num_prompt)))
 
     def _push(self, stream: _Stream, delta: TokenDelta) -> None:
         try:
@@ -460,7 +462,7 @@ class VllmEngine:
     def _fail(self, stream: _Stream, error: StatorError) -> None:
         if not stream.ended:
             self._forget(stream)
-            _end(stream.sink, error)
+            end_sink(stream.sink, error)
 
     def _die(self, reason: str) -> None:
         if self._ended is None:
@@ -481,16 +483,9 @@ def _as_error(error: Exception) -> StatorError:
     return StatorError(ErrorCode.INTERNAL, f"{name} in vLLM: {error}")
 
 
-def _end(sink: Sink, error: StatorError | None) -> None:
-    try:
-        sink.end(error)
-    except Exception:
-        logger.exception("a sink failed at its end")
-
-
-def _push_last(sink: Sink, item: TokenDelta | PrefillResult) -> None:
-    try:
-        sink.items([item])
-    except Exception:
-        logger.exception("a sink failed at its last item")
-    _end(sink, None)
+def _no_ending(reason: str, stream: _Stream) -> StatorError:
+    """vLLM's "abort" that nobody asked for, and its "error": KV blocks that did not come, if it may not recompute."""
+    if reason == "error" and stream.transfer is not None:
+        message = "the prompt's KV blocks could not be fetched, and kv_load_failure_policy forbids computing them here"
+        return StatorError(ErrorCode.TRANSFER_FAILED, message)
+    return StatorError(ErrorCode.ENGINE_DEAD, f"vLLM ended the request with {reason!r}")
