@@ -4,6 +4,7 @@ even imported; a run that came here without it ends with a line that says what w
 This directory must never have an `__init__.py`: `tests` is on the path of modules, and the directory would hide vLLM.
 """
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     unmarked = [item.nodeid for item in items if item.path.is_relative_to(HERE) and not item.get_closest_marker("vllm")]
     if unmarked:
         raise pytest.UsageError(f"without the marker vllm: {', '.join(unmarked)}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Nothing is skipped here: what could not run has failed."""
+    report = yield
+    if report.skipped and item.path.is_relative_to(HERE):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which counts as a failure here: {report.longrepr}"
+    return report

@@ -5,11 +5,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import vllm
 
 from stator.config.vllm_models import vllm_models
 from stator.core.fit_memory import pipeline_stages
 
-vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "vllm_architectures.py"

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
-pytest.importorskip("vllm.version")  # `vllm` alone would be found: it is this directory
+import stator
+from stator.testing.fake_model_hub import FakeModel, FakeModelHub
 
-import stator  # noqa: E402
-from stator.testing.fake_model_hub import FakeModel, FakeModelHub  # noqa: E402
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src"

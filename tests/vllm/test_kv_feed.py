@@ -1,7 +1,6 @@
 """The KV event feed on vLLM itself: its publisher on real sockets, and an engine whose cache we must predict."""
 
 import asyncio
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -15,10 +14,6 @@ from stator.engines.vllm.kv_sockets import FrameSocket, KvSockets, ZmqSockets
 from stator.messages.engine import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 from stator.messages.tokens import pack
 from stator.testing.engine_bench import until
-
-_spec = importlib.util.find_spec("vllm")
-if _spec is None or _spec.origin is None:
-    pytest.skip("vLLM is not installed", allow_module_level=True)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]
 

@@ -3,10 +3,9 @@
 from typing import Any
 
 import pytest
+import torch
 
 from stator.engines.vllm.kv_rows import KvRows
-
-torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.vllm
 NUM_BLOCKS = 6

@@ -16,9 +16,6 @@ from stator.testing.contracts.engine_suite import make_request
 from stator.transport import Identity, RequestPlaneClient
 from vllm_engines.engine_process import engine_processes
 
-pytest.importorskip("vllm.version", reason="vLLM is not installed")
-pytest.importorskip("nixl", reason="NIXL is not installed")
-
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
 LEASE_S = 60.0

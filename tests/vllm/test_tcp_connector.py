@@ -15,8 +15,6 @@ from stator.engines.vllm.transfer import prefill_params
 from stator.ids import InstanceId, TransferId
 from vllm_engines.engine_process import RemoteEngine, engine_processes
 
-pytest.importorskip("vllm.version", reason="vLLM is not installed")
-
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
 SIZE = 32
