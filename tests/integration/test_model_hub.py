@@ -23,6 +23,7 @@ from stator.config.hub import Needs, resolve, resolve_async
 from stator.engines.registry import create_engine
 from stator.errors import ConfigError
 from stator.processor import ModelTokenizer
+from stator.testing.engine_bench import running_engines
 from stator.testing.fake_model_hub import FakeModel, FakeModelHub
 
 TINY = Path(stator.__file__).parent / "models" / "tiny-llama"
@@ -363,17 +364,9 @@ def test_the_loop_stays_free_while_a_model_is_downloaded(hub: FakeModelHub) -> N
 
 
 def test_the_local_engine_loads_a_model_of_the_hub(hub: FakeModelHub) -> None:
-    from stator.engines.base import EngineHost
-
-    class Host:
-        def register(self, _: object) -> None:
-            pass
-
     async def main() -> None:
         engine = create_engine("local", {"model": "acme/tiny", "revision": "main", "num_gpu_blocks_override": 8})
-        host: EngineHost = Host()  # type: ignore[assignment]
-        info = await engine.start(host)
-        assert (info.model, info.model_id) == ("acme/tiny", "acme/tiny")
-        await engine.stop()
+        async with running_engines(engine) as (one,):
+            assert (one.info.model, one.info.model_id) == ("acme/tiny", "acme/tiny")
 
     asyncio.run(main())
