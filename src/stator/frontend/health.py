@@ -68,23 +68,27 @@ def health_of(instances: Iterable[InstanceInfo], required_roles: Sequence[str] =
 def pairing_refusals(instances: Sequence[InstanceInfo]) -> list[PairingRefusal]:
     """Grouped by pairing, so that it is as long as there are kinds of engines, not pairs of instances.
 
-    All prefill instances count for all decode instances, of whatever model: they take jobs from one queue.
+    Between instances of one model: nobody expects those of two to work together.
     """
     decode, prefill = _by_pairing(instances, DECODE), _by_pairing(instances, PREFILL)
     found: list[PairingRefusal] = []
-    for here, decoders in decode.items():
-        for there, prefillers in prefill.items():
+    for (model, here), decoders in decode.items():
+        for (other, there), prefillers in prefill.items():
             words = [d.words("for decode", "for prefill") for d in differences(dict(here), dict(there))]
-            if words:
+            if words and model == other:
                 found.append(PairingRefusal(decoders, prefillers, words))
     return found
 
 
-def _by_pairing(instances: Iterable[InstanceInfo], role: str) -> dict[frozenset[tuple[str, str]], list[InstanceId]]:
-    found: dict[frozenset[tuple[str, str]], list[InstanceId]] = {}
+_Kind = tuple[str | None, frozenset[tuple[str, str]]]
+
+
+def _by_pairing(instances: Iterable[InstanceInfo], role: str) -> dict[_Kind, list[InstanceId]]:
+    found: dict[_Kind, list[InstanceId]] = {}
     for instance in instances:
         if instance.role == role and instance.engine is not None:
-            found.setdefault(frozenset(instance.engine.pairing.items()), []).append(instance.instance_id)
+            kind = (instance.model, frozenset(instance.engine.pairing.items()))
+            found.setdefault(kind, []).append(instance.instance_id)
     return found
 
 

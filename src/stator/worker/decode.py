@@ -250,7 +250,7 @@ class DecodeWorker:
         self._see_prefillers()
 
     def _see_prefillers(self) -> None:
-        instances = self._directory.instances(role="prefill")
+        instances = self._directory.instances(role="prefill", model=self._info.model)
         news = self._peers.update({i.instance_id: i.engine.pairing for i in instances if i.engine is not None})
         for new in news:
             match new:

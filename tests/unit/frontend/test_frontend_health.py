@@ -1,3 +1,5 @@
+import msgspec
+
 from stator.frontend.health import HealthReport, ModelHealth, PairingRefusal, health_of, models_of
 from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo
@@ -64,6 +66,11 @@ def test_refusals_are_as_many_as_kinds_of_engines():
     decode = [paired(f"d{n}", "decode", block_size=str(n % 2)) for n in range(100)]
     prefill = [paired(f"p{n}", "prefill", block_size=str(n % 2)) for n in range(100)]
     assert len(health_of([*decode, *prefill]).pairing_refusals) == 2
+
+
+def test_engines_of_two_models_are_not_expected_to_pair():
+    other = msgspec.structs.replace(paired("p", "prefill", model="other"), model="other")
+    assert health_of([paired("d", "decode", model="m"), other]).pairing_refusals == []
 
 
 def test_models_are_named_once_with_the_shortest_context():
