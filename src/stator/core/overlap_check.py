@@ -74,7 +74,9 @@ class OverlapCheck:
 
     def observe(self, instance_id: InstanceId, predicted: int, difference: int, now: float) -> Mismatch | None:
         """A compared prediction that rested on the worker's events. Returns what to warn of, if it is time to."""
-        window = self._windows.setdefault(instance_id, _Window())
+        window = self._windows.get(instance_id)
+        if window is None:
+            window = self._windows[instance_id] = _Window()
         window.add(predicted, predicted + min(0, difference))
         self._set_trust(instance_id, window)
         due = window.warned_at is None or now - window.warned_at >= WARN_EVERY_MS

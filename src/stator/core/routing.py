@@ -196,12 +196,13 @@ class RoutingCore:
         totals = scores.totals(eligible)
         winner = self._cheapest(eligible, totals, now) if self.mode is RouterMode.KV else self._by_mode(eligible)
         rows = scores.rows(eligible, totals, winner)
-        self._book(request, winner, scores, now)
+        overlap = overlaps.of(winner)
+        self._book(request, winner, scores, overlap, now)
         return Choice(
             winner=winner.instance_id,
             mode=self.mode,
             booking=self._num_bookings,
-            overlap=overlaps.of(winner),
+            overlap=overlap,
             cost_ms=totals[eligible.index(winner)],
             num_candidates=len(eligible),
             expected_output_tokens=expected,
@@ -281,11 +282,11 @@ class RoutingCore:
 
     # The booking
 
-    def _book(self, request: RouteRequest, winner: Candidate, scores: "_Scores", now: float) -> None:
+    def _book(self, request: RouteRequest, winner: Candidate, scores: "_Scores", overlap: Overlap, now: float) -> None:
         self._num_bookings += 1
         self._open[self._num_bookings] = Booking(winner.instance_id, request)
         load = self.load(winner.instance_id)
-        quote, overlap = scores.quote(winner), scores.overlap(winner)
+        quote = scores.quote(winner)
         prefill_ms = quote.prefill_ms(overlap.tokens)
         if self.mode is RouterMode.KV:
             first_token_ms = load.prefill_queue_ms(now) + prefill_ms
@@ -308,7 +309,7 @@ class RoutingCore:
 class _Scores:
     """The candidates of one request, priced. Quotes are shared by the workers of one step time."""
 
-    __slots__ = ("_core", "_now", "_overlaps", "_quotes", "_request", "_session", "expected")
+    __slots__ = ("_ahead", "_core", "_now", "_overlaps", "_quotes", "_request", "_session", "expected")
 
     def __init__(
         self,
@@ -325,6 +326,7 @@ class _Scores:
         self._now = now
         self._quotes: dict[int, tuple[StepTime, Quote]] = {}
         self._session = core.session_instance(request)
+        self._ahead: list[tuple[float, int]] = []
 
     def quote(self, candidate: Candidate) -> Quote:
         # By identity: hashing six floats for each of a thousand candidates costs more than the rest. The step time is
@@ -336,22 +338,22 @@ class _Scores:
             self._quotes[id(step_time)] = known
         return known[1]
 
-    def overlap(self, candidate: Candidate) -> Overlap:
-        return self._overlaps.of(candidate)
-
     def totals(self, eligible: Sequence[Candidate]) -> list[float]:
         """The hot loop: at a thousand workers nearly all of a decision's time."""
         core, now, session, overlaps = self._core, self._now, self._session, self._overlaps
         most = overlaps.most
         step_time, quote, stream_ms = None, self.quote(eligible[0]), 0.0
         totals: list[float] = []
+        ahead = self._ahead
         for candidate in eligible:
             instance_id = candidate.instance_id
             if candidate.step_time is not step_time:
                 step_time, quote = candidate.step_time, self.quote(candidate)
                 stream_ms = self.expected * quote.step_ms
             load = core.load(instance_id)
-            queue_ms, num_streams = load.ahead(now, candidate.max_num_seqs, stream_ms)
+            waits = load.ahead(now, candidate.max_num_seqs, stream_ms)
+            ahead.append(waits)
+            queue_ms, num_streams = waits
             blocks = most.get(instance_id)
             tokens = blocks * candidate.block_size * overlaps.trust(instance_id) if blocks else 0.0
             total = quote.total_ms(tokens, queue_ms, num_streams, load.kv_tokens, load.local_share)
@@ -363,21 +365,21 @@ class _Scores:
         return -AFFINITY * quote.prefill_ms(0.0) - candidate.block_size * candidate.step_time.b
 
     def rows(self, eligible: Sequence[Candidate], totals: list[float], winner: Candidate) -> tuple[_Row, ...]:
-        """The MAX_EXPLAINED cheapest, the winner among them, cheapest first."""
-        order = sorted(range(len(eligible)), key=totals.__getitem__)
-        shown = [eligible[index] for index in order[:MAX_EXPLAINED]]
-        if winner not in shown:
-            shown[-1] = winner
-        return tuple(self._row(candidate) for candidate in shown)
+        """The MAX_EXPLAINED cheapest, the winner among them, cheapest first. After `totals` of the same ones."""
+        shown = sorted(range(len(eligible)), key=totals.__getitem__)[:MAX_EXPLAINED]
+        index = eligible.index(winner)
+        if index not in shown:
+            shown[-1] = index
+        return tuple([self._row(eligible[index], self._ahead[index]) for index in shown])
 
-    def _row(self, candidate: Candidate) -> _Row:
+    def _row(self, candidate: Candidate, ahead: tuple[float, int]) -> _Row:
         instance_id, quote, overlaps = candidate.instance_id, self.quote(candidate), self._overlaps
         load = self._core.load(instance_id)
         return _Row(
             candidate,
             quote,
             (overlaps.held.get(instance_id, 0), overlaps.most.get(instance_id, 0), overlaps.trust(instance_id)),
-            load.ahead(self._now, candidate.max_num_seqs, self.expected * quote.step_ms),
+            ahead,
             load.kv_tokens,
             load.local_share,
             self._affinity_ms(candidate, quote) if instance_id == self._session else 0.0,
