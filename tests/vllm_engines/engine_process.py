@@ -110,7 +110,8 @@ class _Child:
         self._connection.send(os.getpid())
         with contextlib.suppress(EOFError):
             while True:
-                while self._connection.poll(IDLE_POLL_S if self._busy() else None):
+                # One question between two steps, as vLLM's core takes what has come and goes on.
+                if self._connection.poll(IDLE_POLL_S if self._busy() else None):
                     question, *args = self._connection.recv()
                     try:
                         answered, answer = getattr(self, f"on_{question}")(*args)
