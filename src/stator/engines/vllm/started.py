@@ -126,7 +126,8 @@ class StartedVllm:
         config = self.config = llm.vllm_config
         model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
         self.block_size: int = cache.block_size
-        self.num_blocks: int = (cache.num_gpu_blocks or 1) - 1
+        # vLLM's number is that of all data-parallel ranks together.
+        self.num_blocks: int = (cache.num_gpu_blocks or 1) // config.parallel_config.data_parallel_size - 1
         self.max_num_seqs: int = scheduler.max_num_seqs
         self.max_num_batched_tokens: int = scheduler.max_num_batched_tokens
         self.max_model_len: int = model.max_model_len
