@@ -53,7 +53,7 @@ class ForkLaunch:
 
 
 def engine(section: dict[str, Any], *, hold_s: float = 30.0, spawned: bool = False) -> VllmEngine:
-    """section: as a worker's, with engine keys only. spawned: as in production. NIXL does not survive a fork."""
+    """section: as a worker's, with engine keys only. spawned: as in production."""
     settings = settings_from_section(section)
     if spawned:
         return VllmEngine(settings, hold_s=hold_s)
