@@ -124,14 +124,17 @@ class BlockManager:
             parent = block_id
         return found
 
-    def acquire(self, table: BlockTable, tokens: Tokens, num_tokens: int, *, reserve: int = 0) -> int | None:
-        """Give an empty table the cached blocks that match and new ones, to cover num_tokens.
+    def acquire(
+        self, table: BlockTable, tokens: Tokens, num_tokens: int, *, reserve: int = 0, look_up: bool = True
+    ) -> int | None:
+        """Give an empty table the cached blocks that match and new ones, to cover num_tokens. look_up False: only new
+        ones.
 
         Returns how many leading blocks were cached; None, and nothing is changed, if fewer than `reserve` blocks
         would be left free. Contents of the others are undefined.
         """
         assert not table.block_ids, "acquire is for a table without blocks"
-        cached = self.lookup(table, tokens)[: self.blocks_for(num_tokens)]
+        cached = self.lookup(table, tokens)[: self.blocks_for(num_tokens)] if look_up else []
         num_idle = sum(1 for block_id in cached if self._blocks[block_id].num_refs == 0)
         num_new = self.blocks_for(num_tokens) - len(cached)
         if num_new + num_idle + reserve > self.num_free:

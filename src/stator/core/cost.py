@@ -10,6 +10,10 @@ KV tokens together:
          + ALPHA B prefill + B L (d1 + d2 (prompt + L/2))         what it takes from the streams that run there
          + affinity
 
+A step that computes prefills beside its decodes (chunked prefill):
+
+    mixed = max(d0 + d1 B, a + b (N + B)) + c sum N (P + N/2) + d2 KV
+
 ALPHA is 0.1 because chunked prefill delays a running stream by a part of the prefill only; between 0.03 and 0.3 the
 choice hardly changes. The d0 of a step is counted, so that a slow GPU costs more than a fast one.
 """
@@ -41,6 +45,22 @@ class StepTime:
         """One step."""
         return self.d0 + self.d1 * num_streams + self.d2 * num_kv_tokens
 
+    def mixed_ms(self, chunks: Iterable[tuple[int, int]]) -> float:
+        """One step that computes these chunks: (tokens before it, its tokens), one of a single token being a decode."""
+        num_decodes = num_kv = num_new = 0
+        num_pairs = 0.0
+        for num_before, num_tokens in chunks:
+            if num_tokens == 1:
+                num_decodes += 1
+                num_kv += num_before
+            else:
+                num_new += num_tokens
+                num_pairs += num_tokens * (num_before + num_tokens / 2)
+        linear = self.d0 + self.d1 * num_decodes
+        if num_new:
+            linear = max(linear, self.a + self.b * (num_new + num_decodes))
+        return linear + self.c * num_pairs + self.d2 * num_kv
+
     def scaled(self, factor: float) -> "StepTime":
         return StepTime(*(x * factor for x in (self.a, self.b, self.c, self.d0, self.d1, self.d2)))
 
@@ -57,8 +77,11 @@ class StepTimeRow:
     source: str
 
     def matches(self, engine: str, model: str, device: str) -> bool:
-        given = ((self.engine, engine), (self.model, model), (self.device, device))
-        return all(fnmatchcase(text.lower(), pattern.lower()) for pattern, text in given)
+        given = ((self.engine, engine), (self.device, device))
+        return self.matches_model(model) and all(fnmatchcase(text.lower(), pattern.lower()) for pattern, text in given)
+
+    def matches_model(self, model: str) -> bool:
+        return fnmatchcase(model.lower(), self.model.lower())
 
 
 def find_row(rows: Iterable[StepTimeRow], *, engine: str, model: str, device: str) -> StepTimeRow | None:

@@ -3,7 +3,8 @@
 The rule (DESIGN.md, "One request", step 4): remotely when remote prefill is on, a compatible prefill instance lives,
 and, with conditional disaggregation, the part of the prompt that is not cached here is longer than
 `max_local_prefill_length` while fewer than `max_prefill_queue_size` jobs wait. With `conditional_disagg` off every
-prompt is prefilled remotely as long as somebody is there to do it.
+prompt is prefilled remotely as long as somebody is there to do it. While the queue is away, nothing is: finding that
+out for each request would cost it a time-out before its first token.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class DisaggPolicy:
 class Reason(StrEnum):
     OFF = "remote-prefill is off"
     NO_PREFILL_INSTANCE = "no prefill instance lives"
+    QUEUE_AWAY = "the prefill queue cannot be reached"
     SHORT = "uncached part is short"
     QUEUE_FULL = "prefill queue is full"
     ALWAYS = "conditional-disagg is off"
@@ -36,13 +38,22 @@ class PrefillChoice:
 
 
 def choose_prefill(
-    policy: DisaggPolicy, *, num_prompt_tokens: int, num_cached_tokens: int, num_waiting_jobs: int, num_prefillers: int
+    policy: DisaggPolicy,
+    *,
+    num_prompt_tokens: int,
+    num_cached_tokens: int,
+    num_waiting_jobs: int,
+    num_prefillers: int,
+    queue_answers: bool = True,
 ) -> PrefillChoice:
-    """num_cached_tokens: leading prompt tokens in the decode engine's prefix cache. num_waiting_jobs: in the queue."""
+    """num_cached_tokens: leading prompt tokens in the decode engine's prefix cache. num_waiting_jobs: in the queue.
+    queue_answers: False when a job could not be put there now, or only after a time-out."""
     if not policy.remote_prefill:
         return PrefillChoice(False, Reason.OFF)
     if num_prefillers == 0:
         return PrefillChoice(False, Reason.NO_PREFILL_INSTANCE)
+    if not queue_answers:
+        return PrefillChoice(False, Reason.QUEUE_AWAY)
     if not policy.conditional_disagg:
         return PrefillChoice(True, Reason.ALWAYS)
     if num_prompt_tokens - num_cached_tokens <= policy.max_local_prefill_length:

@@ -29,6 +29,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from stator.core.job_queue_events import (
     AbandonPull,
     Ack,
@@ -102,6 +104,18 @@ class _Finished:
     attempt: int
 
 
+class QueueState(msgspec.Struct, frozen=True, array_like=True):
+    """A queue between two events, whole. waiting: line by line, each from its head."""
+
+    waiting: list[_Job]
+    in_flight: list[_InFlight]
+    pulls: list[_Waiting]
+    abandoned: list[tuple[int, float]]
+    finished: list[tuple[JobId, _Finished]]
+    dead: list[DeadLetter]
+    num_puts: int
+
+
 class JobQueueCore:
     """One queue. `next_deadline` says when to send a Tick."""
 
@@ -138,6 +152,44 @@ class JobQueueCore:
         if self._pulls:
             ends += [jobs[0].free_at for line, jobs in self._lines.items() if line is not None]
         return min(ends, default=None)
+
+    def holds(self, job_id: JobId) -> bool:
+        """Whether the job waits or is in flight."""
+        return job_id in self._waiting or job_id in self._in_flight
+
+    @property
+    def leases(self) -> set[LeaseId]:
+        """Under which deliveries are held or pulls wait."""
+        held = {entry.lease_id for entry in self._in_flight.values()}
+        return held | {waiting.pull.lease_id for waiting in self._pulls.values()}
+
+    def state(self) -> QueueState:
+        """What `restore` makes an equal queue of; nothing in it is shared with this one once it is encoded."""
+        return QueueState(
+            waiting=[job for line in self._lines.values() for job in line],
+            in_flight=list(self._in_flight.values()),
+            pulls=list(self._pulls.values()),
+            abandoned=list(self._abandoned.items()),
+            finished=list(self._finished.items()),
+            dead=list(self._dead),
+            num_puts=self._num_puts,
+        )
+
+    @classmethod
+    def restore(cls, state: QueueState, limits: QueueLimits | None = None) -> "JobQueueCore":
+        """state: decoded, and this queue's alone from now on. limits: the same as of the queue that it is of."""
+        queue = cls(limits)
+        for job in state.waiting:
+            queue._wait(job, at_head=False)
+        queue._in_flight.update((entry.job.job_id, entry) for entry in state.in_flight)
+        queue._pulls.update((waiting.pull.pull_id, waiting) for waiting in state.pulls)
+        queue._abandoned.update(state.abandoned)
+        queue._finished.update(state.finished)
+        queue._dead.extend(state.dead)
+        queue._num_puts = state.num_puts
+        jobs = [*state.waiting, *(entry.job for entry in state.in_flight)]
+        queue._num_bytes = sum(len(job.payload) for job in jobs)
+        return queue
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         effects = self._expire(now)

@@ -167,6 +167,7 @@ class _Lease:
     ttl_s: float
     expires_at: float
     keys: set[str]
+    granted_at: float
 
 
 class KeyStore:
@@ -193,6 +194,14 @@ class KeyStore:
     def has_lease(self, lease_id: LeaseId, now: float) -> bool:
         lease = self._leases.get(lease_id)
         return lease is not None and now < lease.expires_at
+
+    def leases(self, now: float) -> list[tuple[LeaseId, float, float, float]]:
+        """Living ones: id, ttl_s, seconds left and age in seconds."""
+        return [
+            (lease_id, lease.ttl_s, lease.expires_at - now, now - lease.granted_at)
+            for lease_id, lease in sorted(self._leases.items())
+            if now < lease.expires_at
+        ]
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         effects = self._expire(now)
@@ -244,7 +253,7 @@ class KeyStore:
             return Refused(ErrorCode.INVALID_REQUEST, f"lease id {event.lease_id} is in use; draw another")
         if len(self._leases) >= limits.max_leases:
             return Refused(ErrorCode.OVERLOADED, f"discovery holds {limits.max_leases} leases, which is its bound")
-        self._leases[event.lease_id] = _Lease(event.ttl_s, now + event.ttl_s, set())
+        self._leases[event.lease_id] = _Lease(event.ttl_s, now + event.ttl_s, set(), now)
         self._no_end_before = min(self._no_end_before, now + event.ttl_s)
         return Answer(True)
 

@@ -1,13 +1,15 @@
 """One remote prefill as its decode worker sees it. Pure.
 
 Rules. The prefill ends in exactly one of: *fetched* (the engine gets the transfer), *local* (the engine computes the
-prompt itself), *cancelled* (the request ended first). The first usable completion wins; any later one is told that
+prompt itself), *crashed* (an engine died of it: it must not be computed here too, the request's owner decides),
+*cancelled* (the request ended first). The first usable completion wins; any later one is told that
 it is not wanted, so that its blocks are released. Whatever ends the wait other than a completion also cancels the
 job, since it may still be queued or redelivered.
 
     PENDING --completion--------------------------> FETCHED   start the engine with the transfer
     PENDING --error completion, put failed, late,
               queue lost, no prefill instance left-> LOCAL     cancel the job, start the engine without
+    PENDING --crashed completion------------------> CRASHED   cancel the job, end the request
     PENDING --request ended-----------------------> CANCELLED cancel the job
 """
 
@@ -21,15 +23,18 @@ class State(StrEnum):
     PENDING = "pending"
     FETCHED = "fetched"
     LOCAL = "local"
+    CRASHED = "crashed"
     CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A prefill worker reports; result None means that it could not, for the reason in error."""
+    """A prefill worker reports; result None means that it could not, for the reason in error. crashed: its engine
+    failed in a step that computed this job."""
 
     result: PrefillResult | None
     error: str | None = None
+    crashed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,13 @@ class StartLocal:
 
 
 @dataclass(frozen=True, slots=True)
+class EndCrashed:
+    """End the request with ENGINE_CRASHED."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class CancelJob:
     pass
 
@@ -67,7 +79,7 @@ class Reply:
 
 
 Event = Completed | GaveUp | RequestEnded
-Effect = StartFetched | StartLocal | CancelJob | Reply
+Effect = StartFetched | StartLocal | EndCrashed | CancelJob | Reply
 
 
 class RemotePrefill:
@@ -91,7 +103,11 @@ class RemotePrefill:
         if self.state is not State.PENDING:
             return [Reply(accepted=False)]
         if event.result is None:
+            reason = event.error or "the prefill worker gave no reason"
+            if event.crashed:
+                self.state = State.CRASHED
+                return [Reply(accepted=False), CancelJob(), EndCrashed(reason)]
             self.state = State.LOCAL
-            return [Reply(accepted=False), StartLocal(event.error or "the prefill worker gave no reason")]
+            return [Reply(accepted=False), StartLocal(reason)]
         self.state = State.FETCHED
         return [Reply(accepted=True), StartFetched(event.result)]

@@ -10,31 +10,41 @@ In `kv` mode the instance that had a session's last request is preferred by AFFI
 costs, and a block's: enough to decide between equals, not enough to wait for. Costs that differ by less than the
 prefill of a part of a block are taken as equal: the prediction is no better than that. Of equals the one with least
 load is taken, then the one with least work in the last while, then any.
+
+`admit` decides with an eye on room (`core.worker_load`): it places a request only where there is some. An instance
+without is worth waiting for, in `kv` mode, when its cost and the wait for a place there come to less than the best cost
+among those with room; the other modes pass over instances without room.
+
+Other routers' bookings count like own ones. `peer_lag_ms` says how old they may be: with it, the modes that go by load
+look at a part of the candidates only (`core.peer_bookings`), and at all if none of those has room.
 """
 
+import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
-from typing import NamedTuple
+from typing import Protocol
 
+from stator.core.admission import Need
 from stator.core.booked_blocks import BookedBlocks
-from stator.core.cost import Quote, StepTime
+from stator.core.candidates import Candidate, Overlap, Overlaps, Rooms, Row, Scores
+from stator.core.instance_speed import InstanceSpeeds
 from stator.core.overlap_check import OverlapCheck
+from stator.core.peer_bookings import MAX_HASHES, draw_candidates
+from stator.core.peer_load import PeersLoad
 from stator.core.routing_memory import OutputLengths, Sessions
 from stator.core.worker_load import WorkerLoad
 from stator.ids import InstanceId
 from stator.messages.processor import RouteRequest
-from stator.messages.routing import CandidateTerms
+from stator.messages.routing import CandidateTerms, PeerBooking
 
-AFFINITY = 0.1
 NEARLY_EQUAL = 0.5
 """Of a block's prefill: less than what one more cached block is worth, so that no overlap is given up for a tie."""
 
-STALE_TRUST = 0.5
-"""What overlap counts at a worker whose event stream is interrupted: its old view is served on."""
+AS_PREDICTED_TOKENS = 128
+"""A first token tells of an instance's speed if its prompt was cached as far as predicted, give or take so many."""
 
-MAX_EXPLAINED = 8
 BOOKED_MS = 500.0
 """Booked blocks stay for twice the predicted time to first token and that long: events take their time."""
 
@@ -44,77 +54,6 @@ class RouterMode(StrEnum):
     ROUND_ROBIN = "round-robin"
     RANDOM = "random"
     LEAST_LOADED = "least-loaded"
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """max_num_seqs: sequences its engine runs at once, its capacity here. block_size: tokens."""
-
-    instance_id: InstanceId
-    max_num_seqs: int = 1
-    block_size: int = 64
-    step_time: StepTime = field(default_factory=lambda: StepTime(0, 0, 0, 0, 0, 0))
-
-
-class Overlap(NamedTuple):
-    """blocks: held by the worker's own events. booked: with those that are being computed. tokens: what counts."""
-
-    blocks: int
-    booked: int
-    tokens: float
-    trust: float
-
-
-@dataclass(slots=True)
-class _Overlaps:
-    """held, most: blocks by the workers' events, and with those that are being computed."""
-
-    held: Mapping[InstanceId, int]
-    most: Mapping[InstanceId, int]
-    stale: Container[InstanceId]
-    check: OverlapCheck
-
-    def trust(self, instance_id: InstanceId) -> float:
-        trust = self.check.trust(instance_id)
-        return trust * STALE_TRUST if instance_id in self.stale else trust
-
-    def of(self, candidate: Candidate) -> Overlap:
-        instance_id = candidate.instance_id
-        most, trust = self.most.get(instance_id, 0), self.trust(instance_id)
-        return Overlap(self.held.get(instance_id, 0), most, most * candidate.block_size * trust, trust)
-
-
-class _Row(NamedTuple):
-    """A candidate as it was priced; its terms are worked out only if somebody asks."""
-
-    candidate: Candidate
-    quote: Quote
-    overlap: tuple[int, int, float]
-    ahead: tuple[float, int]
-    kv_tokens: float
-    local_share: float
-    affinity_ms: float
-    num_streams: int
-
-    def terms(self) -> CandidateTerms:
-        candidate, (blocks, booked, trust) = self.candidate, self.overlap
-        queue_ms, running = self.ahead
-        tokens = booked * candidate.block_size * trust
-        terms = self.quote.terms(tokens, queue_ms, running, self.kv_tokens, self.local_share, self.affinity_ms)
-        return CandidateTerms(
-            instance_id=candidate.instance_id,
-            total_ms=terms.total_ms,
-            overlap_blocks=blocks,
-            booked_blocks=booked,
-            trust=trust,
-            queue_ms=terms.queue_ms,
-            prefill_ms=terms.prefill_ms,
-            decode_ms=terms.decode_ms,
-            harm_ms=terms.harm_ms,
-            affinity_ms=terms.affinity_ms,
-            num_streams=self.num_streams,
-            load=self.num_streams / max(1, candidate.max_num_seqs),
-        )
 
 
 @dataclass(slots=True)
@@ -129,28 +68,59 @@ class Choice:
     cost_ms: float
     num_candidates: int
     expected_output_tokens: int
-    rows: tuple[_Row, ...]
+    rows: tuple[Row, ...]
 
     def candidates(self) -> list[CandidateTerms]:
         return [row.terms() for row in self.rows]
 
 
 @dataclass(slots=True)
+class NoRoom:
+    """Nothing was booked. waits_for: where the request is expected to fit first, or what is worth waiting for."""
+
+    waits_for: InstanceId
+    need: Need
+
+
+@dataclass(slots=True)
 class Booking:
-    """An open one."""
+    """An open one. first_token_ms: predicted for an instance of usual speed. cached_tokens: that it was predicted
+    with."""
 
     winner: InstanceId
     request: RouteRequest
+    at: float
+    first_token_ms: float
+    cached_tokens: float
     started: bool = False
+
+
+class BookingListener(Protocol):
+    """Told of this router's own bookings: `core.peer_bookings.BookingLog`."""
+
+    def booked(self, booking: PeerBooking, now: float) -> None: ...
+
+    def started(self, number: int, now: float) -> None: ...
+
+    def failed(self, number: int, now: float) -> None: ...
+
+    def ended(self, number: int, now: float) -> None: ...
 
 
 class RoutingCore:
     """One router's decisions. Not thread-safe; every method is a plain state change. Times are milliseconds of one
-    monotonic clock."""
+    monotonic clock.
 
-    def __init__(self, mode: RouterMode, rng: Random) -> None:
+    others: takes the bookings of other routers. peer_lag_ms: set by the caller before decisions; 0 for a router that
+    has no peers. listener: see BookingListener.
+    """
+
+    def __init__(self, mode: RouterMode, rng: Random, listener: BookingListener | None = None) -> None:
         self.mode = mode
+        self.peer_lag_ms = 0.0
+        self._listener = listener
         self.check = OverlapCheck()
+        self.speeds = InstanceSpeeds()
         self._rng = rng
         self._last: InstanceId | None = None
         self._num_bookings = 0
@@ -159,9 +129,19 @@ class RoutingCore:
         self._booked_blocks = BookedBlocks()
         self._sessions = Sessions()
         self._lengths = OutputLengths()
+        blocks = self._booked_blocks if mode is RouterMode.KV else None
+        self.others = PeersLoad(self._loads, blocks, self._sessions)
+
+    def set_mode(self, mode: RouterMode) -> None:
+        """Open bookings stay as they are. Booked blocks count in mode kv only, and begin anew."""
+        if mode is not self.mode:
+            self.mode = mode
+            self._booked_blocks = BookedBlocks()
+            self.others.blocks = self._booked_blocks if mode is RouterMode.KV else None
 
     @property
     def num_bookings(self) -> int:
+        """This router's own."""
         return len(self._open)
 
     @property
@@ -172,6 +152,8 @@ class RoutingCore:
         load = self._loads.get(instance_id)
         if load is None:
             load = self._loads[instance_id] = WorkerLoad()
+        else:
+            self.others.seen(instance_id)
         return load
 
     def choose(
@@ -187,15 +169,64 @@ class RoutingCore:
 
         held: leading blocks of the prompt at each instance. stale: instances for which that may be out of date.
         """
+        choice = self._choose(request, candidates, now, held or {}, stale, None)
+        assert not isinstance(choice, NoRoom)
+        return choice
+
+    def admit(
+        self,
+        request: RouteRequest,
+        candidates: Sequence[Candidate],
+        now: float,
+        *,
+        held: Mapping[InstanceId, int] | None = None,
+        stale: Container[InstanceId] = (),
+        reserved: Container[InstanceId] = (),
+    ) -> Choice | NoRoom | None:
+        """As `choose`, but only where there is room, and not on `reserved` instances."""
+        return self._choose(request, candidates, now, held or {}, stale, reserved)
+
+    def _choose(
+        self,
+        request: RouteRequest,
+        candidates: Sequence[Candidate],
+        now: float,
+        held: Mapping[InstanceId, int],
+        stale: Container[InstanceId],
+        reserved: Container[InstanceId] | None,
+    ) -> Choice | NoRoom | None:
+        """reserved: None to choose without regard to room."""
         eligible = [c for c in candidates if c.instance_id not in request.exclude] or list(candidates)
         if not eligible:
             return None
+        overlaps = self._overlaps(request, held, stale, now)
+        looked_at = self._drawn(request, eligible, overlaps)
+        found = self._choose_among(looked_at, len(eligible), request, overlaps, now, reserved)
+        if isinstance(found, NoRoom) and len(looked_at) < len(eligible):
+            found = self._choose_among(eligible, len(eligible), request, overlaps, now, reserved)
+        return found
+
+    def _choose_among(
+        self,
+        candidates: Sequence[Candidate],
+        num_eligible: int,
+        request: RouteRequest,
+        overlaps: Overlaps,
+        now: float,
+        reserved: Container[InstanceId] | None,
+    ) -> Choice | NoRoom:
         expected = self._lengths.expected(request.model, request.max_tokens)
-        overlaps = self._overlaps(request, held or {}, stale, now)
-        scores = _Scores(self, request, expected, overlaps, now)
-        totals = scores.totals(eligible)
-        winner = self._cheapest(eligible, totals, now) if self.mode is RouterMode.KV else self._by_mode(eligible)
-        rows = scores.rows(eligible, totals, winner)
+        scores = Scores(request, expected, overlaps, now, load_of=self.load, session=self.session_instance(request))
+        totals = scores.totals(candidates)
+        if reserved is None:
+            winner = self._pick(candidates, totals, now)
+        else:
+            rooms = Rooms(request, expected, overlaps, now, load_of=self.load, reserved=reserved)
+            picked = self._pick_with_room(candidates, totals, scores, rooms, now)
+            if not isinstance(picked, Candidate):
+                return NoRoom(picked, scores.need(candidates[0]))
+            winner = picked
+        rows = scores.rows(candidates, totals, winner)
         overlap = overlaps.of(winner)
         self._book(request, winner, scores, overlap, now)
         return Choice(
@@ -203,47 +234,116 @@ class RoutingCore:
             mode=self.mode,
             booking=self._num_bookings,
             overlap=overlap,
-            cost_ms=totals[eligible.index(winner)],
-            num_candidates=len(eligible),
+            cost_ms=totals[candidates.index(winner)],
+            num_candidates=num_eligible,
             expected_output_tokens=expected,
             rows=rows,
         )
 
-    def first_token(self, booking: int, now: float) -> None:
-        """Unknown bookings, those that were released, are ignored."""
-        if (known := self._open.get(booking)) is not None:
-            known.started = True
-            if (load := self._loads.get(known.winner)) is not None:
-                load.first_token(booking, now)
+    def _drawn(self, request: RouteRequest, eligible: Sequence[Candidate], overlaps: Overlaps) -> Sequence[Candidate]:
+        """Of the eligible, those that a view of other routers as old as this one's may choose from."""
+        if not self.peer_lag_ms or self.mode not in (RouterMode.KV, RouterMode.LEAST_LOADED):
+            return eligible
+        drawn = draw_candidates(
+            [candidate.instance_id for candidate in eligible],
+            overlaps.most,
+            self.peer_lag_ms,
+            self._rng,
+            session=self.session_instance(request),
+        )
+        return eligible if drawn is None else [c for c in eligible if c.instance_id in drawn]
 
-    def failed(self, booking: int) -> None:
+    def book_existing(self, request: RouteRequest, candidate: Candidate, now: float) -> int:
+        """Book a request that runs at the candidate already, chosen by another router. Call `release` with the booking
+        exactly once. Its tokens so far count as prompt."""
+        expected = self._lengths.expected(request.model, request.max_tokens)
+        scores = Scores(request, expected, Overlaps({}, {}, (), self.check), now, load_of=self.load, session=None)
+        # What is computed already is no work ahead; what is not is taken for uncached, since nothing else is known.
+        computed = request.num_prompt_tokens if request.started else 0
+        self._book(request, candidate, scores, Overlap(0, 0, computed, 1.0), now)
+        if request.started:
+            self.first_token(self._num_bookings, now)
+        return self._num_bookings
+
+    def need(self, request: RouteRequest, candidates: Sequence[Candidate], now: float) -> Need:
+        """What it takes of an instance, without regard to caches. candidates: at least one."""
+        expected = self._lengths.expected(request.model, request.max_tokens)
+        overlaps = Overlaps({}, {}, (), self.check)
+        scores = Scores(request, expected, overlaps, now, load_of=self.load, session=None)
+        return scores.need(candidates[0])
+
+    def first_token(self, booking: int, now: float, num_cached_tokens: int | None = None) -> None:
+        """Unknown bookings, those that were released, are ignored. num_cached_tokens: that the engine found in its own
+        cache, if it computed the rest; None if that is not known."""
+        if (known := self._open.get(booking)) is not None and not known.started:
+            known.started = True
+            if (load := self._loads.get(known.winner)) is None:
+                return
+            load.first_token(booking, now)
+            if self._listener is not None:
+                self._listener.started(booking, now)
+            if num_cached_tokens is not None and abs(num_cached_tokens - known.cached_tokens) <= AS_PREDICTED_TOKENS:
+                model, taken_ms = known.request.model, now - known.at
+                self.speeds.observe(known.winner, model, known.first_token_ms, taken_ms, now)
+
+    def failed(self, booking: int, now: float) -> None:
         """The request ended there before its first token: its blocks will not come."""
         if (known := self._open.get(booking)) is not None and not known.started:
             self._booked_blocks.revoke(known.winner, known.request.block_hashes)
+            if self._listener is not None:
+                self._listener.failed(booking, now)
 
     def finished(self, model: str, num_output_tokens: int) -> None:
         self._lengths.add(model, num_output_tokens)
 
     def release(self, booking: int, now: float) -> None:
         known = self._open.pop(booking, None)
-        if known is not None and (load := self._loads.get(known.winner)) is not None:
+        if known is None:
+            return
+        if self._listener is not None:
+            self._listener.ended(booking, now)
+        if (load := self._loads.get(known.winner)) is not None:
             load.release(booking, now)
 
     def drop_worker(self, instance_id: InstanceId) -> None:
         """It is gone. Bookings on it stay open until they are released, and count for nothing."""
         self._loads.pop(instance_id, None)
+        self.others.seen(instance_id)
         self._booked_blocks.drop_worker(instance_id)
         self.check.drop(instance_id)
+        self.speeds.drop(instance_id)
 
     def _overlaps(
         self, request: RouteRequest, held: Mapping[InstanceId, int], stale: Container[InstanceId], now: float
-    ) -> "_Overlaps":
+    ) -> Overlaps:
         booked: dict[InstanceId, int] = {}
         if self.mode is RouterMode.KV and request.block_hashes:
             booked = self._booked_blocks.overlaps(request.block_hashes, held, now)
-        return _Overlaps(held, {**held, **booked} if booked else held, stale, self.check)
+        return Overlaps(held, {**held, **booked} if booked else held, stale, self.check)
 
     # The pick
+
+    def _pick(self, eligible: Sequence[Candidate], totals: list[float], now: float) -> Candidate:
+        return self._cheapest(eligible, totals, now) if self.mode is RouterMode.KV else self._by_mode(eligible)
+
+    def _pick_with_room(
+        self, eligible: Sequence[Candidate], totals: list[float], scores: Scores, rooms: Rooms, now: float
+    ) -> Candidate | InstanceId:
+        """The pick, or the instance to wait for."""
+        by_cost = self.mode is RouterMode.KV
+        if by_cost and rooms.has(first := self._cheapest(eligible, totals, now)):
+            return first
+        have = [n for n, candidate in enumerate(eligible) if rooms.has(candidate)]
+        if have and not by_cost:
+            return self._by_mode([eligible[n] for n in have])
+        # By queue alone where costs do not count: totals of other modes are not what they decide by.
+        costs = totals if by_cost else scores.queues_ms()
+        waits = rooms.with_wait(eligible, costs, scores)
+        if have:
+            with_room = [totals[n] for n in have]
+            if min(with_room) <= min(waits.values(), default=math.inf):
+                return self._cheapest([eligible[n] for n in have], with_room, now)
+        return min(waits, key=waits.__getitem__) if waits else eligible[0].instance_id
 
     def _cheapest(self, eligible: Sequence[Candidate], totals: list[float], now: float) -> Candidate:
         least = min(totals)
@@ -282,106 +382,42 @@ class RoutingCore:
 
     # The booking
 
-    def _book(self, request: RouteRequest, winner: Candidate, scores: "_Scores", overlap: Overlap, now: float) -> None:
+    def _book(self, request: RouteRequest, winner: Candidate, scores: Scores, overlap: Overlap, now: float) -> None:
         self._num_bookings += 1
-        self._open[self._num_bookings] = Booking(winner.instance_id, request)
         load = self.load(winner.instance_id)
         quote = scores.quote(winner)
         prefill_ms = quote.prefill_ms(overlap.tokens)
+        first_token_ms = load.prefill_queue_ms(now) + prefill_ms
+        at_usual_speed = first_token_ms / winner.slowness
+        expected_ms = 2 * first_token_ms + BOOKED_MS
+        work_ms = prefill_ms + quote.per_stream
+        kv_tokens = request.num_prompt_tokens + scores.expected / 2
+        self._open[self._num_bookings] = Booking(winner.instance_id, request, now, at_usual_speed, overlap.tokens)
         if self.mode is RouterMode.KV:
-            first_token_ms = load.prefill_queue_ms(now) + prefill_ms
-            self._booked_blocks.add(winner.instance_id, request.block_hashes, now + 2 * first_token_ms + BOOKED_MS)
+            self._booked_blocks.add(winner.instance_id, request.block_hashes, now + expected_ms)
         load.book(
             self._num_bookings,
             now,
             prefill_ms=prefill_ms,
-            work_ms=prefill_ms + quote.per_stream,
-            kv_tokens=request.num_prompt_tokens + scores.expected / 2,
+            work_ms=work_ms,
+            kv_tokens=kv_tokens,
             prompt_tokens=request.num_prompt_tokens,
         )
         if request.session_id is not None:
             self._sessions.put(request.session_id, winner.instance_id)
+        if self._listener is not None:
+            told = PeerBooking(
+                self._num_bookings,
+                winner.instance_id,
+                prefill_ms,
+                work_ms,
+                kv_tokens,
+                request.num_prompt_tokens,
+                request.block_hashes[:MAX_HASHES],
+                expected_ms,
+                request.session_id,
+            )
+            self._listener.booked(told, now)
 
     def session_instance(self, request: RouteRequest) -> InstanceId | None:
         return None if request.session_id is None else self._sessions.get(request.session_id)
-
-
-class _Scores:
-    """The candidates of one request, priced. Quotes are shared by the workers of one step time."""
-
-    __slots__ = ("_ahead", "_core", "_now", "_overlaps", "_quotes", "_request", "_session", "expected")
-
-    def __init__(
-        self,
-        core: RoutingCore,
-        request: RouteRequest,
-        expected: int,
-        overlaps: _Overlaps,
-        now: float,
-    ) -> None:
-        self.expected = expected
-        self._core = core
-        self._request = request
-        self._overlaps = overlaps
-        self._now = now
-        self._quotes: dict[int, tuple[StepTime, Quote]] = {}
-        self._session = core.session_instance(request)
-        self._ahead: list[tuple[float, int]] = []
-
-    def quote(self, candidate: Candidate) -> Quote:
-        # By identity: hashing six floats for each of a thousand candidates costs more than the rest. The step time is
-        # kept beside its quote, so that an id stays taken.
-        step_time = candidate.step_time
-        known = self._quotes.get(id(step_time))
-        if known is None:
-            known = (step_time, Quote(step_time, self._request.num_prompt_tokens, self.expected))
-            self._quotes[id(step_time)] = known
-        return known[1]
-
-    def totals(self, eligible: Sequence[Candidate]) -> list[float]:
-        """The hot loop: at a thousand workers nearly all of a decision's time."""
-        core, now, session, overlaps = self._core, self._now, self._session, self._overlaps
-        most = overlaps.most
-        step_time, quote, stream_ms = None, self.quote(eligible[0]), 0.0
-        totals: list[float] = []
-        ahead = self._ahead
-        for candidate in eligible:
-            instance_id = candidate.instance_id
-            if candidate.step_time is not step_time:
-                step_time, quote = candidate.step_time, self.quote(candidate)
-                stream_ms = self.expected * quote.step_ms
-            load = core.load(instance_id)
-            waits = load.ahead(now, candidate.max_num_seqs, stream_ms)
-            ahead.append(waits)
-            queue_ms, num_streams = waits
-            blocks = most.get(instance_id)
-            tokens = blocks * candidate.block_size * overlaps.trust(instance_id) if blocks else 0.0
-            total = quote.total_ms(tokens, queue_ms, num_streams, load.kv_tokens, load.local_share)
-            totals.append(total + self._affinity_ms(candidate, quote) if instance_id == session else total)
-        return totals
-
-    @staticmethod
-    def _affinity_ms(candidate: Candidate, quote: Quote) -> float:
-        return -AFFINITY * quote.prefill_ms(0.0) - candidate.block_size * candidate.step_time.b
-
-    def rows(self, eligible: Sequence[Candidate], totals: list[float], winner: Candidate) -> tuple[_Row, ...]:
-        """The MAX_EXPLAINED cheapest, the winner among them, cheapest first. After `totals` of the same ones."""
-        shown = sorted(range(len(eligible)), key=totals.__getitem__)[:MAX_EXPLAINED]
-        index = eligible.index(winner)
-        if index not in shown:
-            shown[-1] = index
-        return tuple([self._row(eligible[index], self._ahead[index]) for index in shown])
-
-    def _row(self, candidate: Candidate, ahead: tuple[float, int]) -> _Row:
-        instance_id, quote, overlaps = candidate.instance_id, self.quote(candidate), self._overlaps
-        load = self._core.load(instance_id)
-        return _Row(
-            candidate,
-            quote,
-            (overlaps.held.get(instance_id, 0), overlaps.most.get(instance_id, 0), overlaps.trust(instance_id)),
-            ahead,
-            load.kv_tokens,
-            load.local_share,
-            self._affinity_ms(candidate, quote) if instance_id == self._session else 0.0,
-            load.num_streams,
-        )

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from stator.core.blocks import BlockManager, BlockTable
-from stator.core.sequence_limits import resumed_finish, stop_reason, validate
+from stator.core.sequence_limits import computes_whole_prompt, resumed_finish, stop_reason, validate
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import EngineLoad, EngineRequest, FinishReason
 from stator.messages.tokens import BYTES_PER_TOKEN, TokenBuffer, unpack
@@ -253,6 +253,8 @@ class Scheduler:
 
     def cached_prefix_tokens(self, request: EngineRequest) -> int:
         """Leading tokens that would not be computed, were the request admitted now."""
+        if computes_whole_prompt(request.sampling):
+            return 0
         tokens = request.prompt_ids + request.resume_ids
         table = self._blocks.new_table(request.lora_name, request.cache_salt)
         num_cached = len(self._blocks.lookup(table, tokens)) * self._blocks.block_size
@@ -273,6 +275,7 @@ class Scheduler:
             generation_tokens_total=totals.generated,
             preemptions_total=totals.preemptions,
             steps_total=totals.steps,
+            num_fetching=len(self._fetching),
         )
 
     def _plan_decodes(self, plan: Plan) -> int:
@@ -296,7 +299,13 @@ class Scheduler:
             sequence = self._waiting[0]
             busy = bool(self._running or self._fetching)
             reserve = max(1, self._blocks.num_blocks // RESERVE_DIVISOR) if busy else 0
-            num_cached = self._blocks.acquire(sequence.table, sequence.tokens, sequence.num_tokens, reserve=reserve)
+            num_cached = self._blocks.acquire(
+                sequence.table,
+                sequence.tokens,
+                sequence.num_tokens,
+                reserve=reserve,
+                look_up=not computes_whole_prompt(sequence.request.sampling),
+            )
             if num_cached is None:
                 return
             del self._waiting[0]

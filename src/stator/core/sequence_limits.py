@@ -23,6 +23,11 @@ def stop_reason(
     return FinishReason.LENGTH if len(output_ids) >= sampling.max_tokens else None
 
 
+def computes_whole_prompt(sampling: SamplingParams) -> bool:
+    """Whether no cached or fetched block may stand for a part of the prompt: its own logits are wanted."""
+    return sampling.prompt_logprobs is not None
+
+
 def resumed_finish(request: EngineRequest, eos_token_ids: frozenset[int]) -> FinishReason | None:
     """The finish reason of a request whose resume_ids already are its whole output; else None."""
     if not request.resume_ids:
@@ -37,6 +42,7 @@ def validate(request: EngineRequest, vocab_size: int, max_model_len: int, num_bl
     if not num_prompt:
         raise _invalid("the prompt is empty; at least one token is needed", "prompt_ids")
     _check_sampling(request.sampling)
+    _check_biased(request.sampling, vocab_size)
     max_tokens = request.sampling.max_tokens
     if num_resumed > max_tokens:
         raise _invalid(f"resume_ids has {num_resumed} tokens, more than max_tokens ({max_tokens})", "resume_ids")
@@ -74,11 +80,27 @@ def _check_sampling(sampling: SamplingParams) -> None:
         ("min_p", 0.0 <= sampling.min_p <= 1.0, "0 to 1"),
         ("presence_penalty", -2.0 <= sampling.presence_penalty <= 2.0, "-2 to 2"),
         ("frequency_penalty", -2.0 <= sampling.frequency_penalty <= 2.0, "-2 to 2"),
+        ("logprobs", (sampling.logprobs or 0) >= 0, "0 or more"),
+        ("prompt_logprobs", (sampling.prompt_logprobs or 0) >= 0, "0 or more"),
         ("repetition_penalty", 0.0 < sampling.repetition_penalty < float("inf"), "above 0"),
     )
     for field, fits, expected in checks:
         if not fits:
             raise _invalid(f"{field} is {getattr(sampling, field)}; it must be {expected}", field)
+
+
+def _check_biased(sampling: SamplingParams, vocab_size: int) -> None:
+    biased = tuple(token_id for token_id, _ in sampling.logit_bias)
+    for field, ids in (("logit_bias", biased), ("allowed_token_ids", sampling.allowed_token_ids)):
+        wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            raise _invalid(f"{field} holds token id {wrong}; the model's vocabulary has {vocab_size}", field)
+
+
+def lacks(engine: str, field: str) -> StatorError:
+    return StatorError(
+        ErrorCode.UNSUPPORTED, f"the engine of this model ({engine}) cannot do {field}; leave it out", param=field
+    )
 
 
 def _invalid(message: str, param: str) -> StatorError:

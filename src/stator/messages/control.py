@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from stator.errors import ErrorCode, StatorError
+from stator.ids import InstanceId
 
 PROTOCOL = "stator"
 MAJOR_VERSION = 1
@@ -34,17 +35,20 @@ class ErrorMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+    instance_id: InstanceId | None = None
 
     @classmethod
     def of(cls, error: StatorError) -> "ErrorMessage":
-        return cls(error.code.value, error.message, error.param, error.retry_after_s)
+        return cls(error.code.value, error.message, error.param, error.retry_after_s, error.instance_id)
 
     def to_error(self) -> StatorError:
         try:
             code = ErrorCode(self.code)
         except ValueError:
             code = ErrorCode.INTERNAL
-        return StatorError(code, self.message, param=self.param, retry_after_s=self.retry_after_s)
+        return StatorError(
+            code, self.message, param=self.param, retry_after_s=self.retry_after_s, instance_id=self.instance_id
+        )
 
 
 class Preamble(msgspec.Struct, frozen=True):

@@ -27,6 +27,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     temperature 0 is greedy. top_k 0 and top_p 1.0 are off. seed: None means the engine draws one. seed_drawn: the
     request asked for none; this one was drawn so that another engine could go on with it, and may be passed over.
     Penalties follow vLLM: presence and frequency over output tokens, repetition over prompt and output.
+    logprobs, prompt_logprobs: how many alternatives are told with each token of the output, of the prompt; 0: that of
+    the token alone, None: nothing. logit_bias: (token id, what is added to its logit). allowed_token_ids: no others may
+    come; empty: all may.
     """
 
     max_tokens: int
@@ -42,6 +45,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed_drawn: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -64,18 +71,39 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     transfer: dict[str, Any] | None = None
 
 
+LOWEST_LOGPROB = -9999.0
+"""For a token that cannot come: JSON has no infinity."""
+
+
+class TokenScore(msgspec.Struct, frozen=True, array_like=True):
+    """How likely a token was, by the model's own logits, before temperature, penalties and limits.
+
+    logprob: natural logarithm of its probability. rank: 1 for the likeliest. top_ids, top_logprobs: the likeliest, best
+    first, as many as were asked for; the token may be among them.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     """Tokens that one engine step, or several merged ones, added to a sequence.
 
     finish_reason: set on the last delta only; the stream then ends without error.
     num_cached_tokens: on the first delta: prompt tokens found in the engine's own prefix cache. Tokens fetched from
     a prefill worker are not counted here (`num_transferred_tokens`), except those which that worker had cached.
+    scores: one for each of token_ids, if asked for. prompt_scores: on the first delta, one for each prompt token but
+    the first, if asked for.
     """
 
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     num_cached_tokens: int | None = None
     num_transferred_tokens: int = 0
+    scores: list[TokenScore] | None = None
+    prompt_scores: list[TokenScore] | None = None
 
 
 class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -96,8 +124,10 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     pairing: prefill and decode instances exchange KV blocks only if these are equal (block size, KV dtype, model
     fingerprint, engine version, connector).
     cannot_resume: sampling fields with which a request of this engine cannot be continued from resume_ids.
+    cannot: sampling fields that it does not have at all; a request that uses one is refused.
     model_id, device: what was loaded, as configured, and what it computes on, e.g. `8 x NVIDIA H100 80GB HBM3`; by them
     the router finds how long steps take. Empty if not known.
+    steps_while_waiting: it makes steps also when all that it has waits for blocks to be fetched.
     """
 
     engine: str
@@ -112,6 +142,8 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     cannot_resume: tuple[str, ...] = ()
     model_id: str = ""
     device: str = ""
+    steps_while_waiting: bool = False
+    cannot: tuple[str, ...] = ()
 
 
 class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -121,6 +153,7 @@ class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens_cached_total / prompt_tokens_total: the prefix cache hit rate, each request counted once, at its
     first schedule. prompt_tokens_transferred_total: fetched from a prefill worker instead of computed.
     num_blocks_held: blocks of finished prefills that wait to be fetched (part of num_blocks_used).
+    num_fetching: sequences that wait for their own blocks from a prefill engine (part of num_waiting).
     """
 
     num_running: int = 0
@@ -135,6 +168,7 @@ class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     generation_tokens_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    num_fetching: int = 0
 
 
 class BlocksStored(msgspec.Struct, frozen=True, omit_defaults=True, tag="stored"):
@@ -170,13 +204,26 @@ class PrefillJob(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PrefillDone(msgspec.Struct, frozen=True, omit_defaults=True):
-    """From a prefill worker to the decode worker: result, or why there is none (`error`)."""
+    """From a prefill worker to the decode worker: result, or why there is none (`error`).
+
+    crashed: its engine failed in a step that computed this job (ErrorCode.ENGINE_CRASHED).
+    """
 
     job_id: JobId
     attempt: int
     prefill_instance: InstanceId
     result: PrefillResult | None = None
     error: str | None = None
+    crashed: bool = False
+
+
+class PrefillTaken(msgspec.Struct, frozen=True):
+    """A prefill worker has taken a job. The decode worker keeps the call open, and ends it, without an item, when the
+    job's result is wanted no more: work on it stops then."""
+
+    job_id: JobId
+    attempt: int
+    prefill_instance: InstanceId
 
 
 class PrefillDoneReply(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""What an instance tells discovery about itself."""
+"""What an instance tells discovery about itself, and whoever asks it to leave."""
 
 from enum import StrEnum
 
@@ -39,3 +39,75 @@ def instance_key(service: str, instance_id: InstanceId) -> str:
 
 
 INSTANCES_PREFIX = "instances/"
+
+DRAIN_ENDPOINT = "instance.drain"
+STATUS_ENDPOINT = "instance.status"
+"""Every running service has both, whatever its class declares."""
+
+
+class DrainRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Leave discovery, finish or hand on what is open, end the process. Items are DrainProgress; the last one has a
+    phase that `is_last`, and the process ends after it.
+
+    restart: the supervisor starts the process again. timeout_s: what is open then is ended, so that it goes on
+    elsewhere. The first request of a process counts; a later one watches what that one began.
+    """
+
+    restart: bool = False
+    timeout_s: float = 60.0
+
+
+class DrainPhase(StrEnum):
+    """SUCCESSOR: still ready, until the process that takes its place is ready too. CUT_OFF: the time was over, and
+    what was open was ended; DRAINED: nothing was."""
+
+    SUCCESSOR = "successor"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    CUT_OFF = "cut_off"
+
+    @property
+    def is_last(self) -> bool:
+        return self in (DrainPhase.DRAINED, DrainPhase.CUT_OFF)
+
+
+class DrainProgress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """num_open: requests, jobs or KV blocks being fetched that the process still has; with CUT_OFF, that it ended.
+
+    elapsed_s: since the request. restart: as asked by the one that began it.
+    """
+
+    phase: DrainPhase
+    num_open: int
+    elapsed_s: float
+    restart: bool = False
+
+
+class StatusRequest(msgspec.Struct, frozen=True):
+    """Answered with one InstanceStatus."""
+
+
+class SettingState(msgspec.Struct, frozen=True):
+    """A setting (`core.settings`) as a process uses it.
+
+    value: in force. configured: what it is while the setting is not set, and origin: where that was written. version:
+    of the newest document that was applied; 0 for none. refused: the store has something that cannot be used.
+    """
+
+    name: str
+    value: bool | int | str
+    configured: bool | int | str
+    origin: str
+    version: int
+    refused: bool
+
+
+class InstanceStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """num_open: as in DrainProgress, of the instance's whole process. stalls: how often the engine of this process's
+    predecessors made no progress, since the node was started. settings: that the process uses."""
+
+    uptime_s: float
+    num_open: int
+    stalls: int = 0
+    drain: DrainProgress | None = None
+    settings: tuple[SettingState, ...] = ()

@@ -2,7 +2,7 @@
 
 Decoding checks types and names the field at fault; ranges and what a model can do are checked by the Processor.
 A field of OpenAI's schema that is declared here but not supported yet is refused by name when it asks for something
-(`UNSUPPORTED_UNLESS`); none of them is silently dropped. Fields nobody declared are other vendors' extensions.
+(`openai_fields`); none of them is silently dropped. Fields nobody declared are other vendors' extensions.
 """
 
 import operator
@@ -11,6 +11,8 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 import msgspec
+
+from stator.messages.openai_fields import UNSUPPORTED_UNLESS
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """JSON knows no width; the wire behind the HTTP edge carries 64 bits."""
@@ -28,11 +30,15 @@ class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    function_call: Any = None
+    audio: Any = None
+    refusal: str | None = None
 
 
 class StreamOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     include_usage: bool = False
     include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
 
 
 class RequestFields(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -59,6 +65,10 @@ class RequestFields(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     metadata: dict[str, str] | None = None
     n: Int | None = None
     logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[TokenId] | None = None
+    prompt_logprobs: Int | None = None
+    return_token_ids: bool | None = None
+    skip_special_tokens: bool = True
 
 
 class ChatCompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_only=True):
@@ -76,6 +86,16 @@ class ChatCompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_o
     store: bool | None = None
     audio: dict[str, Any] | None = None
     functions: list[dict[str, Any]] | None = None
+    function_call: Any = None
+    parallel_tool_calls: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    verbosity: str | None = None
+    prediction: Any = None
+    moderation: Any = None
+    web_search_options: Any = None
 
 
 class CompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_only=True):
@@ -88,27 +108,6 @@ class CompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_only=
     echo: bool | None = None
     logprobs: Int | None = None
     suffix: str | None = None
-
-
-UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "reasoning_effort": ("none",),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-}
-"""Values, beside null, with which a field that is not supported asks for nothing."""
 
 
 @cache
@@ -133,6 +132,39 @@ def unsupported_field(request: RequestFields) -> str | None:
     if request.stream_options is not None and request.stream_options.include_obfuscation:
         return "stream_options.include_obfuscation"
     return None
+
+
+_BEYOND_TEXT = (
+    "n", "logprobs", "prompt_logprobs", "return_token_ids", "stream_options", "skip_special_tokens",
+)  # fmt: skip
+_read_beyond_text = operator.attrgetter(*_BEYOND_TEXT)
+_JUST_TEXT = (None, None, None, None, None, True)
+
+
+def is_plain(request: "ChatCompletionRequest | CompletionRequest") -> bool:
+    """Whether it asks for the text of one choice and its usage at the end: what nearly all do, and what is made the
+    quickest way."""
+    if isinstance(request, CompletionRequest):
+        prompt = request.prompt
+        if request.echo or not (isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))):
+            return False
+    values = _read_beyond_text(request)
+    if values == _JUST_TEXT:
+        return True
+    n, logprobs, prompt_logprobs, token_ids, options, skip_special_tokens = values
+    return (
+        n in (None, 1)
+        and (logprobs is None or logprobs is False)
+        and prompt_logprobs is None
+        and not token_ids
+        and not (options is not None and options.continuous_usage_stats)
+        and skip_special_tokens
+    )
+
+
+def shows_prompt_only(request: "ChatCompletionRequest | CompletionRequest") -> bool:
+    """Nothing is to be generated, only the prompt echoed, mostly for its probabilities."""
+    return isinstance(request, CompletionRequest) and bool(request.echo) and request.max_tokens == 0
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

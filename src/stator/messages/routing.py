@@ -78,6 +78,56 @@ class DecisionRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     failed: bool = False
 
 
+BOOKINGS_ENDPOINT = "bookings"
+
+
+class BookingsRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Request of a Router's `bookings` endpoint, from another router: its bookings and every change of them, as
+    BookingChanges, until cancelled. probe: one empty item and the end, to measure the way there and back."""
+
+    probe: bool = False
+
+
+class PeerBooking(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """A request that a router has sent to a worker and that has not ended. Milliseconds as that router predicts them.
+
+    prefill_ms: of the uncached part. work_ms: all that the request takes of the worker. kv_tokens: prompt and half the
+    expected output. block_hashes: of its prompt, the leading ones, which the worker will hold expected_ms from its
+    booking on, if it has not said so by then. age_ms: since it was booked. started: its first token has come.
+    """
+
+    number: int
+    instance_id: InstanceId
+    prefill_ms: float
+    work_ms: float
+    kv_tokens: float
+    prompt_tokens: int
+    block_hashes: list[int] = []
+    expected_ms: float = 0.0
+    session_id: str | None = None
+    age_ms: float = 0.0
+    started: bool = False
+
+
+class BookingChanges(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What has changed in a router's bookings since its last item; `core.peer_bookings` has the rules.
+
+    sequence: one more with each item. at_ms: when the oldest of the changes happened, on the sender's clock.
+    num_open: bookings after this item. booked: new ones. started, failed, ended: numbers of bookings. part: of the
+    whole state, with the sequence of the last item before it; reset: the first part.
+    """
+
+    sequence: int = 0
+    at_ms: float = 0.0
+    num_open: int = 0
+    booked: list[PeerBooking] = []
+    started: list[int] = []
+    failed: list[int] = []
+    ended: list[int] = []
+    reset: bool = False
+    part: bool = False
+
+
 class DecisionsRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Request of the Router's `decisions` endpoint; items are DecisionRecord, the newest first.
 

@@ -15,6 +15,20 @@ def test_a_prefill_and_a_step_are_what_the_formulas_say() -> None:
     assert step.scaled(2).prefill_ms(100) == pytest.approx(2 * step.prefill_ms(100))
 
 
+def test_a_mixed_step_is_the_longer_of_its_linear_parts_and_all_of_its_attention() -> None:
+    step = StepTime(a=10, b=0.1, c=0.001, d0=20, d1=0.5, d2=0.01)
+    decodes = [(1000, 1), (500, 1)]
+    assert step.mixed_ms(decodes) == pytest.approx(20 + 2 * 0.5 + 0.01 * 1500)
+    assert step.mixed_ms(decodes) == pytest.approx(step.decode_ms(2, 1500))
+    # A small prefill hides behind the weights that the decodes read anyway.
+    assert step.mixed_ms([*decodes, (0, 10)]) == pytest.approx(21 + 0.001 * 10 * 5 + 15)
+    # A large one takes 10 + 0.1 x (300 + 2), and its attention over the 40 tokens before it.
+    assert step.mixed_ms([*decodes, (40, 300)]) == pytest.approx(40.2 + 0.001 * 300 * (40 + 150) + 15)
+    two = step.mixed_ms([(0, 100), (200, 100)])
+    assert two == pytest.approx(10 + 20 + 0.001 * (100 * 50 + 100 * 250))
+    assert step.mixed_ms([(40, 300)]) == pytest.approx(step.prefill_ms(300, 40))
+
+
 def test_8k_tokens_on_a_405b_take_a_second() -> None:
     assert 900 < H200_405B.prefill_ms(8192) < 1150
 

@@ -13,6 +13,7 @@ from stator.core.job_queue import (
     Buried,
     CameBack,
     Cancel,
+    Delivery,
     Effect,
     EndLease,
     Event,
@@ -213,10 +214,11 @@ class JobQueueMachine(RuleBasedStateMachine):
     def apply(self, event: Event) -> Effect | None:
         due = {job_id for job_id, known in self.jobs.items() if known.taken_by is not None and known.ack_by <= self.now}
         answer: Effect | None = None
+        ended: list[PullEnded] = []
         for effect in self.queue.handle(event, self.now):
             match effect:
                 case PullEnded():
-                    self.pull_ended(effect)
+                    ended.append(effect)
                 case CameBack() | Buried():
                     due.discard(effect.job_id)
                     self.delivery_ended(effect, abandoned=isinstance(event, AbandonPull))
@@ -229,6 +231,7 @@ class JobQueueMachine(RuleBasedStateMachine):
                     assert answer is None
                     answer = effect
                     self.settled(event, answer)
+        self.pulls_ended(ended)
         assert not due, f"no ack in time, and still with their consumers: {due}"
         return answer
 
@@ -261,23 +264,30 @@ class JobQueueMachine(RuleBasedStateMachine):
             known.free_at = self.now
             self.lines[known.line].insert(0, effect.job_id)
 
-    def pull_ended(self, effect: PullEnded) -> None:
-        asked, until = self.pulls.pop(effect.pull_id)
-        assert len(effect.deliveries) <= asked.max_jobs
-        for delivery in effect.deliveries:
-            known = self.jobs[delivery.job_id]
-            assert known.taken_by is None, "delivered to two consumers"
-            assert known.deadline is None or known.deadline > self.now
-            assert delivery.attempt == known.attempt + 1
-            assert (delivery.job_id, delivery.attempt) not in self.delivered
-            assert known.line in (asked.consumer, None) or known.free_at <= self.now
-            assert self.alive(known.line)[0] == delivery.job_id, "out of order in its line"
-            self.delivered.add((delivery.job_id, delivery.attempt))
-            self.lines[known.line].remove(delivery.job_id)
-            known.attempt += 1
-            known.counted += 1
-            known.taken_by = effect.pull_id
-            known.ack_by = self.now + LIMITS.ack_wait_s
+    def pulls_ended(self, effects: list[PullEnded]) -> None:
+        """Pulls that are served together get a job each before anyone gets a second."""
+        served = [(self.pulls.pop(effect.pull_id)[0], effect.deliveries) for effect in effects]
+        for asked, deliveries in served:
+            assert len(deliveries) <= asked.max_jobs
+        for turn in range(max((len(deliveries) for _, deliveries in served), default=0)):
+            for asked, deliveries in served:
+                if turn < len(deliveries):
+                    self.delivery(asked, deliveries[turn])
+
+    def delivery(self, asked: Pull, delivery: Delivery) -> None:
+        known = self.jobs[delivery.job_id]
+        assert known.taken_by is None, "delivered to two consumers"
+        assert known.deadline is None or known.deadline > self.now
+        assert delivery.attempt == known.attempt + 1
+        assert (delivery.job_id, delivery.attempt) not in self.delivered
+        assert known.line in (asked.consumer, None) or known.free_at <= self.now
+        assert self.alive(known.line)[0] == delivery.job_id, "out of order in its line"
+        self.delivered.add((delivery.job_id, delivery.attempt))
+        self.lines[known.line].remove(delivery.job_id)
+        known.attempt += 1
+        known.counted += 1
+        known.taken_by = asked.pull_id
+        known.ack_by = self.now + LIMITS.ack_wait_s
 
     def alive(self, line: InstanceId | None) -> list[JobId]:
         ids = self.lines[line]

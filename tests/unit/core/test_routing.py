@@ -109,7 +109,7 @@ def test_what_a_failed_request_would_have_computed_is_not_expected_any_more() ->
     who = candidates("a", "b", max_num_seqs=64)
     hashes = list(range(1000, 1050))
     first = choose(core, who, request(805, hashes=hashes))
-    core.failed(first.booking)
+    core.failed(first.booking, 0.0)
     core.release(first.booking, 1.0)
     assert choose(core, who, request(805, hashes=hashes), now=2.0).overlap.booked == 0
 
@@ -259,7 +259,7 @@ def test_bookings_return_to_zero_and_one_seed_gives_one_history(
             elif open_bookings:
                 booking = open_bookings.pop(pick % len(open_bookings))
                 if what == "fail":
-                    core.failed(booking)
+                    core.failed(booking, now)
                 core.release(booking, now)
                 core.release(booking, now)
         for booking in open_bookings:
@@ -274,3 +274,39 @@ def test_bookings_return_to_zero_and_one_seed_gives_one_history(
         return history
 
     assert play() == play()
+
+
+def test_a_running_request_is_booked_where_it_runs() -> None:
+    """It counts as a stream with its KV, with no prefill ahead, until it is released; nothing is chosen."""
+    core = RoutingCore(RouterMode.KV, Random(1))
+    who = candidates("a", "b")
+    running = RouteRequest("m", 100, 16, booked_on=InstanceId("a"), started=True, session_id="s")
+    bookings = [core.book_existing(running, who[0], 0.0) for _ in range(3)]
+    load = core.load(InstanceId("a"))
+    assert (core.num_bookings, load.num_streams, load.prompt_tokens) == (3, 3, 300)
+    assert load.kv_tokens >= 300
+    assert load.prefill_queue_ms(0.0) == 0.0
+    assert core.session_instance(running) == "a"
+    assert choose(core, who).winner == "b", "the load is seen"
+    for booking in bookings:
+        core.release(booking, 1.0)
+    assert (load.num_streams, load.kv_tokens) == (0, 0.0)
+
+
+def test_a_request_that_is_still_prefilled_is_booked_with_its_prefill() -> None:
+    core = RoutingCore(RouterMode.KV, Random(1))
+    (who,) = candidates("a")
+    booking = core.book_existing(RouteRequest("m", 1000, 16, booked_on=InstanceId("a")), who, 0.0)
+    assert core.load(InstanceId("a")).prefill_queue_ms(0.0) > 0.0
+    core.first_token(booking, 5.0)
+    assert core.load(InstanceId("a")).prefill_queue_ms(5.0) == 0.0
+
+
+def test_a_request_on_an_unknown_instance_is_booked_and_released() -> None:
+    core = RoutingCore(RouterMode.LEAST_LOADED, Random(1))
+    running = RouteRequest("m", 100, 16, booked_on=InstanceId("new"), started=True)
+    booking = core.book_existing(running, Candidate(InstanceId("new")), 0.0)
+    assert core.load(InstanceId("new")).num_streams == 1
+    core.drop_worker(InstanceId("new"))
+    core.release(booking, 1.0)
+    assert core.num_bookings == 0
