@@ -1,4 +1,5 @@
-"""The engine contract on the local engine: with a runner without a model, and with numpy on the bundled models."""
+"""The engine contract on the local engine, with a runner without a model and with numpy on the bundled models, and on
+the sim engine, on real and on virtual time."""
 
 import random
 
@@ -6,6 +7,8 @@ from stator.engines.base import Engine
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.engine import LocalEngine
 from stator.engines.local.load import numpy_runner
+from stator.engines.sim.args import SimEngineArgs
+from stator.engines.sim.engine import SimEngine
 from stator.testing.contracts.engine import EngineContract
 from stator.testing.contracts.engine_suite import EngineSettings
 from stator.testing.fake_runner import fake_runner
@@ -52,3 +55,31 @@ class _LocalEngineOnDeciLM(TestLocalEngineOnLlama):
 
 def test_blocks_of_a_model_with_unequal_layers_transfer() -> None:
     _LocalEngineOnDeciLM().test_prefill_transfer_decode_equals_local()
+
+
+class TestSimEngineOnVirtualTime(EngineContract):
+    """With the step times of a large model. The loop fails where something waits for a thread or a socket."""
+
+    block_size = 16
+    vocab_size = 4096
+    virtual_time = True
+    speed = 1.0
+
+    def make_engine(self, settings: EngineSettings) -> Engine:
+        args = SimEngineArgs(
+            model="stator:tiny-llama",
+            block_size=self.block_size,
+            num_gpu_blocks_override=settings.num_blocks,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            transfer_hold_s=settings.transfer_hold_s,
+            step_times="405b-h100-fp8",
+            sim_speed=self.speed,
+        )
+        return SimEngine(args, rng=random.Random(1))
+
+
+class TestSimEngineOverTcp(TestSimEngineOnVirtualTime):
+    virtual_time = False
+    tcp = True
+    speed = 20.0

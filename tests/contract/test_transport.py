@@ -9,7 +9,7 @@ from stator.testing.contracts.transport import CHECKS, Check
 from stator.testing.contracts.transport_sockets import SOCKET_CHECKS
 from stator.testing.contracts.transport_world import Carrier
 
-SOCKETS = (Carrier.UNIX, Carrier.TCP)
+SOCKETS = (Carrier.UNIX, Carrier.TCP, Carrier.TLS)
 UVLOOP_CHECKS = {
     "items_arrive_in_order_before_one_end",
     "cancel_reaches_the_handler",

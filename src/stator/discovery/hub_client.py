@@ -6,8 +6,9 @@ import logging
 import random
 from collections.abc import AsyncGenerator
 
-from stator.discovery.base import DEFAULT_LEASE_TTL_S, KeyValue, Lease, WatchBatch
-from stator.errors import ErrorCode, StatorError
+from stator.core.key_view import KeyView
+from stator.discovery.base import DEFAULT_LEASE_TTL_S, RETURN_WINDOW_S, KeyValue, Lease, WatchBatch
+from stator.discovery.kept_lease import Granted, LeaseBook
 from stator.hub import messages as m
 from stator.hub.client import DEFAULT_TIMEOUT_S, HubClient
 from stator.ids import LeaseId
@@ -17,88 +18,42 @@ from stator.transport.base import TransportClient
 
 logger = logging.getLogger(__name__)
 
-RENEWALS_PER_TTL = 3
-RETRIES_PER_TTL = 20
 
+class _Leases:
+    """`kept_lease.LeaseServer` over the hub's endpoints."""
 
-class HubLease:
-    """Granted by HubDiscovery.
-
-    Fences itself: the hub counts the TTL from when a renewal reaches it, this end from when it was sent, so `lost` is
-    set here before the hub gives the keys up.
-    """
-
-    def __init__(self, hub: HubClient, lease_id: LeaseId, ttl_s: float, granted_at: float) -> None:
-        self.lease_id = lease_id
-        self.ttl_s = ttl_s
-        self.lost = asyncio.Event()
+    def __init__(self, hub: HubClient) -> None:
         self._hub = hub
-        self._renewed_at = granted_at
-        self._fence = self._set_fence()
-        self._renewal: asyncio.Task[None] | None = None
+        self.name = hub.name
+        self.timeout_s = hub.timeout_s
+        self.random_source = hub.random_source
+        self.pause = hub.pause
 
-    async def revoke(self) -> None:
-        if self.lost.is_set():
-            return
-        self.end()
-        with contextlib.suppress(StatorError):
-            await self._hub.ask(m.REVOKE_LEASE, m.LeaseRequest(self._hub.namespace, self.lease_id))
+    @property
+    def closed(self) -> bool:
+        return self._hub.closed
 
-    def start_renewal(self, tasks: TaskOwner) -> None:
-        self._renewal = tasks.spawn(self._keep_alive(), f"renew lease {self.lease_id}")
+    async def grant(self, ttl_s: float) -> Granted:
+        answer = await self._hub.ask_for_answer(m.GRANT_LEASE, m.GrantLease(self._hub.namespace, ttl_s))
+        return Granted(LeaseId(answer.value), answer.epoch)
 
-    def end(self) -> None:
-        """The keys are gone, or must be taken for gone. Idempotent."""
-        self.lost.set()
-        self.stop_renewal()
+    async def renew(self, lease_id: LeaseId, timeout_s: float) -> tuple[bool, int]:
+        request = m.LeaseRequest(self._hub.namespace, lease_id)
+        answer = await self._hub.ask_for_answer(m.RENEW_LEASE, request, timeout_s=timeout_s)
+        return bool(answer.value), answer.epoch
 
-    def stop_renewal(self) -> None:
-        self._fence.cancel()
-        if self._renewal is not None:
-            self._renewal.cancel()
-            self._renewal = None
+    async def revoke(self, lease_id: LeaseId) -> None:
+        await self._hub.ask(m.REVOKE_LEASE, m.LeaseRequest(self._hub.namespace, lease_id))
 
-    def _set_fence(self) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_at(self._renewed_at + self.ttl_s, self._fence_off)
+    async def put_key(self, key: str, value: bytes, lease_id: LeaseId | None, *, only_if_absent: bool) -> int:
+        return await self._hub.ask(m.PUT_KEY, m.PutKey(self._hub.namespace, key, value, lease_id, only_if_absent))
 
-    def _fence_off(self) -> None:
-        logger.error(
-            "lease %d is lost: %s confirmed no renewal for %g s; this instance must assume that its keys are gone",
-            self.lease_id,
-            self._hub.name,
-            self.ttl_s,
-        )
-        self.end()
+    async def get_key(self, key: str) -> KeyValue | None:
+        found = await self._hub.collect(m.GET_KEYS, m.GetKeys(self._hub.namespace, key), KeyValue)
+        return found[0] if found else None
 
-    async def _keep_alive(self) -> None:
-        interval_s = self.ttl_s / RENEWALS_PER_TTL
-        retrying = False
-        while not self.lost.is_set():
-            wait_s = self.ttl_s / RETRIES_PER_TTL * self._hub.random_source.uniform(0.5, 1.0)
-            if not retrying:
-                wait_s = self._renewed_at + interval_s - loop_time()
-            await asyncio.sleep(max(0.0, wait_s))
-            sent_at = loop_time()
-            try:
-                alive = await self._renew(min(interval_s, self._hub.timeout_s))
-            except StatorError as error:
-                if not retrying:
-                    logger.warning("could not renew lease %d, trying again: %s", self.lease_id, error.message)
-                retrying = True
-                continue
-            retrying = False
-            if not alive:
-                logger.error("lease %d is lost: %s does not know it", self.lease_id, self._hub.name)
-                self.lost.set()
-                self._fence.cancel()
-            elif not self.lost.is_set():
-                self._renewed_at = sent_at
-                self._fence.cancel()
-                self._fence = self._set_fence()
 
-    async def _renew(self, timeout_s: float) -> bool:
-        request = m.LeaseRequest(self._hub.namespace, self.lease_id)
-        return bool(await self._hub.ask(m.RENEW_LEASE, request, timeout_s=timeout_s))
+_Parts = AsyncGenerator[tuple[bool, m.WatchPart | None], None]
 
 
 class HubDiscovery:
@@ -106,7 +61,8 @@ class HubDiscovery:
 
     addresses: of the hub's request plane, tried in order. The transport client is the caller's and stays open.
     timeout_s: for each call; past it, StatorError(INSTANCE_LOST) names the hub's address.
-    random_source: for the jitter of retries.
+    random_source: for the jitter of retries. return_window_s: leases return to a hub that was started again spread
+    over that time. grace_s: how long watches here wait for others' return; longer than a TTL and that window.
     """
 
     def __init__(
@@ -117,6 +73,8 @@ class HubDiscovery:
         namespace: str,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         random_source: random.Random | None = None,
+        return_window_s: float = RETURN_WINDOW_S,
+        grace_s: float = DEFAULT_LEASE_TTL_S + RETURN_WINDOW_S,
     ) -> None:
         self._hub = HubClient(
             client,
@@ -125,55 +83,86 @@ class HubDiscovery:
             timeout_s=timeout_s,
             random_source=random_source or random.SystemRandom(),
         )
+        self._grace_s = grace_s
         self._tasks = TaskOwner("hub discovery")
-        self._leases: set[HubLease] = set()
+        self._server = _Leases(self._hub)
+        self._book = LeaseBook(self._server, self._tasks, return_window_s)
 
     async def grant_lease(self, ttl_s: float = DEFAULT_LEASE_TTL_S) -> Lease:
-        sent_at = loop_time()
-        lease_id = await self._hub.ask(m.GRANT_LEASE, m.GrantLease(self._hub.namespace, ttl_s))
-        lease = HubLease(self._hub, LeaseId(lease_id), ttl_s, sent_at)
-        self._leases = {known for known in self._leases if not known.lost.is_set()} | {lease}
-        lease.start_renewal(self._tasks)
-        return lease
+        return await self._book.grant(ttl_s)
+
+    async def end_lease(self, lease_id: LeaseId) -> bool:
+        return bool(await self._hub.ask(m.REVOKE_LEASE, m.LeaseRequest(self._hub.namespace, lease_id)))
 
     async def put(self, key: str, value: bytes, lease: Lease | None = None) -> int:
-        return await self._put(key, value, lease, only_if_absent=False)
+        return await self._book.put(key, value, lease, only_if_absent=False)
 
     async def create(self, key: str, value: bytes, lease: Lease | None = None) -> bool:
-        return bool(await self._put(key, value, lease, only_if_absent=True))
+        return bool(await self._book.put(key, value, lease, only_if_absent=True))
 
     async def get(self, key: str) -> KeyValue | None:
-        found = await self._hub.collect(m.GET_KEYS, m.GetKeys(self._hub.namespace, key), KeyValue)
-        return found[0] if found else None
+        return await self._server.get_key(key)
 
     async def get_prefix(self, prefix: str) -> list[KeyValue]:
         return await self._hub.collect(m.GET_KEYS, m.GetKeys(self._hub.namespace, prefix, prefix=True), KeyValue)
 
     async def delete(self, key: str) -> bool:
+        self._book.forget(key)
         return bool(await self._hub.ask(m.DELETE_KEY, m.DeleteKey(self._hub.namespace, key)))
 
     async def watch(self, prefix: str) -> AsyncGenerator[WatchBatch, None]:
+        view = KeyView(self._grace_s)
         joiner = m.BatchJoiner()
+        epoch: int | None = None
         parts = self._hub.follow(m.WATCH_KEYS, m.WatchKeys(self._hub.namespace, prefix), m.WatchPart)
-        async with contextlib.aclosing(parts):
-            async for first, part in parts:
+        async with contextlib.aclosing(self._parts_and_ticks(parts, view)) as news:
+            async for first, part in news:
+                if part is None:
+                    if (ended := view.tick(loop_time())) is not None:
+                        yield ended
+                    continue
                 if first:
                     # The rest of a batch that the last connection broke off never comes.
                     joiner = m.BatchJoiner()
+                if epoch not in (None, part.epoch):
+                    self._book.check_soon()
+                epoch = part.epoch
                 batch = joiner.add(part)
                 if batch is not None:
-                    yield batch
+                    yield view.receive(batch, epoch, loop_time())
 
     async def close(self) -> None:
-        for lease in self._leases:
-            lease.stop_renewal()
+        self._book.stop()
         await self._hub.close()
         await self._tasks.close()
 
-    async def _put(self, key: str, value: bytes, lease: Lease | None, *, only_if_absent: bool) -> int:
-        if lease is not None and lease.lost.is_set():
-            message = f"lease {lease.lease_id} of key {key!r} has ended; take a new lease"
-            raise StatorError(ErrorCode.NOT_FOUND, message)
-        lease_id = None if lease is None else lease.lease_id
-        request = m.PutKey(self._hub.namespace, key, value, lease_id, only_if_absent)
-        return await self._hub.ask(m.PUT_KEY, request)
+    async def _parts_and_ticks(self, parts: _Parts, view: KeyView) -> _Parts:
+        """The parts, and a None whenever the view has something to give up (or the hub was lost, which is the same to
+        the view)."""
+        waiting: asyncio.Task[tuple[bool, m.WatchPart | None] | None] | None = None
+        try:
+            while True:
+                deadline = view.next_deadline
+                if deadline is None and waiting is None:
+                    part = await _next(parts)
+                else:
+                    if waiting is None:
+                        waiting = self._tasks.spawn(_next(parts), "wait for a change")
+                    timeout_s = None if deadline is None else max(0.0, deadline - loop_time())
+                    if not (await asyncio.wait([waiting], timeout=timeout_s))[0]:
+                        yield False, None
+                        continue
+                    part, waiting = waiting.result(), None
+                if part is None:
+                    return
+                yield part
+        finally:
+            if waiting is not None:
+                waiting.cancel()
+                await asyncio.wait([waiting])
+            await parts.aclose()
+
+
+async def _next(parts: _Parts) -> tuple[bool, m.WatchPart | None] | None:
+    """None: there is no further one."""
+    return await anext(parts, None)

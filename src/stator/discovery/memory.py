@@ -98,6 +98,10 @@ class MemoryKeyStore:
     def has_lease(self, lease_id: LeaseId) -> bool:
         return self._core is not None and self._core.has_lease(lease_id, loop_time())
 
+    def leases(self) -> list[tuple[LeaseId, float, float, float]]:
+        """Living ones: id, ttl_s, seconds left and age in seconds."""
+        return [] if self._core is None else self._core.leases(loop_time())
+
     def put(self, key: str, value: bytes, lease_id: LeaseId | None = None) -> int:
         return int(self._run(core.Put(key, value, lease_id)))
 
@@ -259,7 +263,7 @@ class MemoryDiscovery:
         self._owns_store = store is None
         self.store = store or MemoryKeyStore()
         self._leases: dict[LeaseId, MemoryLease] = {}
-        self._watches: set[Watcher] = set()
+        self._watches: dict[Watcher, None] = {}
         self._unsubscribe = self.store.on_lease_end(self._lease_ended)
         self._closed = False
 
@@ -268,6 +272,10 @@ class MemoryDiscovery:
         lease = MemoryLease(self.store, self.store.grant(ttl_s), ttl_s)
         self._leases[lease.lease_id] = lease
         return lease
+
+    async def end_lease(self, lease_id: LeaseId) -> bool:
+        self._check_open()
+        return self.store.revoke(lease_id)
 
     async def put(self, key: str, value: bytes, lease: Lease | None = None) -> int:
         self._check_open()
@@ -292,14 +300,14 @@ class MemoryDiscovery:
     async def watch(self, prefix: str) -> AsyncGenerator[WatchBatch, None]:
         self._check_open()
         watcher = self.store.watch(prefix)
-        self._watches.add(watcher)
+        self._watches[watcher] = None
         try:
             async with contextlib.aclosing(watcher.batches()) as batches:
                 async for batch in batches:
                     yield batch
         finally:
             watcher.close()
-            self._watches.discard(watcher)
+            self._watches.pop(watcher, None)
 
     async def close(self) -> None:
         if self._closed:

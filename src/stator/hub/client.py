@@ -35,16 +35,17 @@ _FINAL = (ErrorCode.UNAUTHORIZED, ErrorCode.INVALID_REQUEST, ErrorCode.PROTOCOL)
 class Backoff:
     """Waits of up to twice as long each time, between half and all of that, drawn from random_source."""
 
-    def __init__(self, random_source: random.Random) -> None:
+    def __init__(self, random_source: random.Random, max_s: float = MAX_BACKOFF_S) -> None:
         self._random = random_source
-        self._next_s = FIRST_BACKOFF_S
+        self._max_s = max_s
+        self.reset()
 
     def reset(self) -> None:
-        self._next_s = FIRST_BACKOFF_S
+        self._next_s = min(FIRST_BACKOFF_S, self._max_s)
 
     def next_s(self) -> float:
         wait_s = self._next_s * self._random.uniform(0.5, 1.0)
-        self._next_s = min(self._next_s * 2, MAX_BACKOFF_S)
+        self._next_s = min(self._next_s * 2, self._max_s)
         return wait_s
 
 
@@ -86,7 +87,7 @@ class HubClient:
         self.namespace = namespace
         self.timeout_s = timeout_s
         self.random_source = random_source
-        self._handles: set[_TrackedHandle] = set()
+        self._handles: dict[_TrackedHandle, None] = {}
         self._closed = asyncio.Event()
 
     @property
@@ -99,16 +100,17 @@ class HubClient:
         return f"the hub at {', '.join(self.addresses)}"
 
     async def ask(self, endpoint: str, request: Any, *, timeout_s: float | None = None) -> int:
-        """The value of the hub's Answer. Raises StatorError, INSTANCE_LOST if none came within timeout_s."""
+        """The value of the hub's Answer. Raises as `ask_for_answer`."""
+        return (await self.ask_for_answer(endpoint, request, timeout_s=timeout_s)).value
+
+    async def ask_for_answer(self, endpoint: str, request: Any, *, timeout_s: float | None = None) -> m.Answer:
+        """Raises StatorError, INSTANCE_LOST if there was no answer within timeout_s."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         try:
             target = Target(self.addresses, endpoint)
-            answer: m.Answer = await calls.call(
-                self, target, request, context=self._context(timeout_s), item_type=m.Answer
-            )
+            return await calls.call(self, target, request, context=self._context(timeout_s), item_type=m.Answer)
         except StatorError as error:
             raise self._explain(error, endpoint, timeout_s) from error
-        return answer.value
 
     async def collect(
         self, endpoint: str, request: Any, item_type: Any, *, timeout_s: float | None = None
@@ -127,7 +129,8 @@ class HubClient:
     async def follow(self, endpoint: str, request: Any, item_type: Any) -> AsyncGenerator[tuple[bool, Any], None]:
         """Items of an endless stream, each with whether it is the first after a connection; until this is closed.
 
-        A lost hub is tried again with growing pauses, for ever. Raises StatorError for what no retry can change.
+        A lost hub is tried again with growing pauses, for ever; the loss itself is told as the item None, once.
+        Raises StatorError for what no retry can change.
         """
         backoff = Backoff(self.random_source)
         lost = False
@@ -151,6 +154,7 @@ class HubClient:
                 if not lost:
                     lost = True
                     logger.warning("lost %s in %s, trying again: %s", self.name, endpoint, error.message)
+                    yield False, None
             await self.pause(backoff.next_s())
 
     async def pause(self, wait_s: float) -> None:
@@ -163,13 +167,13 @@ class HubClient:
         self, target: Target, request: Any, sink: Sink, *, context: CallContext, item_type: Any = Any
     ) -> StreamHandle:
         handle = _TrackedHandle(self, self._client.open(target, request, sink, context=context, item_type=item_type))
-        self._handles.add(handle)
+        self._handles[handle] = None
         if self.closed:
             handle.cancel()
         return handle
 
     def forget(self, handle: _TrackedHandle) -> None:
-        self._handles.discard(handle)
+        self._handles.pop(handle, None)
 
     async def close(self) -> None:
         """End every call and stream made here; callers see INSTANCE_LOST, followers their end. Idempotent."""

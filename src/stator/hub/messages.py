@@ -2,6 +2,9 @@
 
 Every request names the deployment's namespace: namespaces share nothing. Requests and answers are described by the
 events of the same names in `core.key_store` and `core.job_queue`.
+
+`epoch` names one incarnation of a hub, from its start to its end; a hub that comes back empty has another. It is what
+tells "your lease has ended" from "I know nothing of before". 0: a hub that does not tell; it counts as always the same.
 """
 
 from enum import StrEnum
@@ -28,10 +31,11 @@ WATCH_SIZE = "hub.queue.watch_size"
 DEAD_LETTERS = "hub.queue.dead_letters"
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """A truth value, a revision or a lease id."""
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """value: a truth value, a revision or a lease id."""
 
     value: int
+    epoch: int = 0
 
 
 class GrantLease(msgspec.Struct, frozen=True):
@@ -83,6 +87,7 @@ class WatchPart(msgspec.Struct, frozen=True, omit_defaults=True):
 
     batch: WatchBatch
     more: bool = False
+    epoch: int = 0
 
 
 class PutJob(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -95,7 +100,7 @@ class PutJob(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PullJobs(msgspec.Struct, frozen=True):
-    """Items are Delivery. pull_id: drawn by the consumer, so that it can abandon a pull whose answer it never saw."""
+    """Items are DeliveredJob. pull_id: drawn by the consumer, who can so abandon a pull whose answer it never saw."""
 
     namespace: str
     queue: str
@@ -104,6 +109,16 @@ class PullJobs(msgspec.Struct, frozen=True):
     lease_id: LeaseId
     max_jobs: int
     wait_s: float
+
+
+class DeliveredJob(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A `Delivery`, and whose it is."""
+
+    job_id: JobId
+    attempt: int
+    payload: bytes
+    seconds_left: float | None = None
+    epoch: int = 0
 
 
 class AbandonPulls(msgspec.Struct, frozen=True):
@@ -133,13 +148,21 @@ class CancelJob(msgspec.Struct, frozen=True):
 
 
 class QueueRequest(msgspec.Struct, frozen=True):
-    """Read the size (one QueueSize), watch it (the first at once), or read the dead letters (items are DeadLetter)."""
+    """Read the size (a QueueSize), watch it (SizeUpdates, the first at once), or read the dead letters."""
 
     namespace: str
     queue: str
 
 
-def split_batch(batch: WatchBatch, max_part_bytes: int) -> list[WatchPart]:
+class SizeUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A `QueueSize`, and whose it is."""
+
+    waiting: int
+    in_flight: int
+    epoch: int = 0
+
+
+def split_batch(batch: WatchBatch, max_part_bytes: int, epoch: int = 0) -> list[WatchPart]:
     """The batch in parts of about max_part_bytes each, one entry at least; joined again by BatchJoiner."""
     parts: list[WatchPart] = []
     puts: list[KeyValue] = []
@@ -148,14 +171,14 @@ def split_batch(batch: WatchBatch, max_part_bytes: int) -> list[WatchPart]:
     for entry in [*batch.deletes, *batch.puts]:
         size = len(entry) if isinstance(entry, str) else len(entry.key) + len(entry.value)
         if num_bytes and num_bytes + size > max_part_bytes:
-            parts.append(WatchPart(WatchBatch(puts=puts, deletes=deletes, reset=batch.reset), more=True))
+            parts.append(WatchPart(WatchBatch(puts=puts, deletes=deletes, reset=batch.reset), True, epoch))
             puts, deletes, num_bytes = [], [], 0
         num_bytes += size
         if isinstance(entry, str):
             deletes.append(entry)
         else:
             puts.append(entry)
-    parts.append(WatchPart(WatchBatch(puts=puts, deletes=deletes, reset=batch.reset)))
+    parts.append(WatchPart(WatchBatch(puts=puts, deletes=deletes, reset=batch.reset), False, epoch))
     return parts
 
 

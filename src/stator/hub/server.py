@@ -1,8 +1,9 @@
 """The hub: discovery and queues for a deployment without external services, served on the request plane.
 
-It lives in the head's supervisor process and keeps everything in memory. When it is gone and comes back empty, the
-leases of before are unknown to it: their holders fence themselves and register anew, watchers get a fresh whole
-state, and jobs that waited are prefilled by the workers that put them.
+It lives in the head's supervisor process, or alone (`stator hub`), and keeps everything in memory. When it is gone and
+comes back empty it has another epoch, by which everybody knows: holders of leases take new ones and put their keys
+again, watchers keep what they knew until the holders had the time for that, and jobs that waited are prefilled by the
+workers that put them (docs/adr/0008-the-hub-may-be-away.md).
 """
 
 import contextlib
@@ -17,8 +18,9 @@ from stator.core.key_store import KeyStoreLimits, KeyValue
 from stator.discovery.memory import MemoryKeyStore
 from stator.errors import ErrorCode, StatorError
 from stator.hub import messages as m
+from stator.hub.status import HUB_STATUS, HubStatus, NamespaceRequest, hub_status
 from stator.queue.memory import MemoryQueue
-from stator.runtime.context import CallContext
+from stator.runtime.context import CallContext, loop_time
 from stator.transport.base import Call, Endpoint, TransportServer
 from stator.transport.calls import CallTasks
 
@@ -42,7 +44,8 @@ class _Namespace:
 class Hub:
     """Answers `hub.*` on the server from the moment it is made until `close`; the server belongs to the caller.
 
-    queue_limits hold for every queue. random_source: draws lease ids, by default from the system.
+    queue_limits hold for every queue. random_source: draws the epoch and lease ids, by default from the system.
+    epoch: of this incarnation; its clients are told.
     """
 
     def __init__(
@@ -56,9 +59,11 @@ class Hub:
         self.queue_limits = queue_limits
         self.key_limits = key_limits
         self.random_source = random_source or random.SystemRandom()
+        self.epoch = self.random_source.getrandbits(62) + 1
         self._namespaces: dict[str, _Namespace] = {}
         self._tasks = CallTasks("hub")
         self._closed = False
+        self._started_at = loop_time()
         self.serve_on(server)
 
     def store(self, namespace: str) -> MemoryKeyStore:
@@ -104,7 +109,7 @@ class Hub:
 
         def answer(name: str, request_type: Any, function: Callable[[Any], int]) -> None:
             def handle(call: Call) -> None:
-                call.items([m.Answer(int(function(call.request)))])
+                call.items([m.Answer(int(function(call.request)), self.epoch)])
                 call.end()
 
             server.register(Endpoint(name, request_type, handle))
@@ -127,6 +132,7 @@ class Hub:
         stream(m.QUEUE_SIZE, m.QueueRequest, self._queue_size)
         stream(m.WATCH_SIZE, m.QueueRequest, self._watch_size)
         stream(m.DEAD_LETTERS, m.QueueRequest, self._dead_letters)
+        stream(HUB_STATUS, NamespaceRequest, self._status)
 
     def _put_key(self, request: m.PutKey) -> int:
         put = self.store(request.namespace).create if request.only_if_absent else self.store(request.namespace).put
@@ -143,7 +149,7 @@ class Hub:
     async def _watch_keys(self, request: m.WatchKeys, context: CallContext) -> AsyncGenerator[m.WatchPart, None]:
         async with contextlib.aclosing(self.store(request.namespace).watch(request.prefix).batches()) as batches:
             async for batch in batches:
-                for part in m.split_batch(batch, PART_BYTES):
+                for part in m.split_batch(batch, PART_BYTES, self.epoch):
                     yield part
         raise _closed_error()
 
@@ -157,7 +163,9 @@ class Hub:
 
         def done(deliveries: list[Delivery], error: StatorError | None) -> None:
             if deliveries:
-                call.items(deliveries)
+                call.items(
+                    [m.DeliveredJob(d.job_id, d.attempt, d.payload, d.seconds_left, self.epoch) for d in deliveries]
+                )
             call.end(error)
 
         # Also for an answer that was given but could not be sent any more. One that was sent and never read is
@@ -192,15 +200,23 @@ class Hub:
     async def _queue_size(self, request: m.QueueRequest, context: CallContext) -> AsyncGenerator[QueueSize, None]:
         yield await self.queue(request.namespace, request.queue).size()
 
-    async def _watch_size(self, request: m.QueueRequest, context: CallContext) -> AsyncGenerator[QueueSize, None]:
+    async def _watch_size(self, request: m.QueueRequest, context: CallContext) -> AsyncGenerator[m.SizeUpdate, None]:
         async with contextlib.aclosing(self.queue(request.namespace, request.queue).watch_size()) as sizes:
             async for size in sizes:
-                yield size
+                yield m.SizeUpdate(size.waiting, size.in_flight, self.epoch)
         raise _closed_error()
 
     async def _dead_letters(self, request: m.QueueRequest, context: CallContext) -> AsyncGenerator[DeadLetter, None]:
         for letter in await self.queue(request.namespace, request.queue).dead_letters():
             yield letter
+
+    async def _status(self, request: NamespaceRequest, context: CallContext) -> AsyncGenerator[HubStatus, None]:
+        uptime_s = loop_time() - self._started_at
+        space = self._namespaces.get(request.namespace)
+        if space is None:
+            yield HubStatus(self.epoch, uptime_s)
+        else:
+            yield await hub_status(self.epoch, uptime_s, space.store, space.queues)
 
 
 def _check_name(what: str, name: str) -> None:

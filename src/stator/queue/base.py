@@ -1,6 +1,6 @@
 """The queue seam: prefill jobs, pulled by workers that have room.
 
-Implementations: `MemoryQueue` (inside the hub), `HubQueue` (a client of the hub), NATS JetStream later. One contract
+Implementations: `MemoryQueue` (inside the hub), `HubQueue` (a client of the hub), `NatsQueue` (JetStream). One contract
 suite (`stator.testing.contracts.queue`) runs on all.
 
 The contract (DESIGN.md, "Queue contract"): one shared first-in-first-out line and one per preferred consumer; a
@@ -10,9 +10,13 @@ consumer until it is acked, nacked, not extended for `ack_wait_s`, or the consum
 cases the job goes back to the head of its line with the next attempt number, or to the dead letters after
 `max_deliveries`. Jobs whose deadline has passed are dropped at the pull. Delivery is at least once: consumers must
 be idempotent by job id.
+
+A server that comes back without its state has lost the jobs that waited; those that were delivered stay with their
+consumers, whom nobody can take them from: they finish and tell the decode worker directly.
 """
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Protocol
 
 from stator.core.job_queue_events import DEFAULT_ACK_WAIT_S as DEFAULT_ACK_WAIT_S
@@ -23,6 +27,17 @@ from stator.core.job_queue_events import DeadLetter as DeadLetter
 from stator.core.job_queue_events import Delivery as Delivery
 from stator.core.job_queue_events import QueueSize as QueueSize
 from stator.ids import InstanceId, JobId, LeaseId
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoss:
+    """What a size watch tells instead of a size.
+
+    jobs_lost False: the server cannot be reached; a put would wait for its timeout, and nobody is given a job. True:
+    the server is back without its state, so that jobs put before are gone if they were not delivered; a size follows.
+    """
+
+    jobs_lost: bool
 
 
 class JobQueue(Protocol):
@@ -45,7 +60,9 @@ class JobQueue(Protocol):
         ...
 
     async def extend(self, job_id: JobId, attempt: int) -> bool:
-        """Restart the ack wait. False: this attempt is no longer the current one; stop working on it."""
+        """Restart the ack wait. False: this attempt is no longer the current one; stop working on it.
+
+        True as well for an attempt that was delivered by a server which has lost its state since: no other has it."""
         ...
 
     async def ack(self, job_id: JobId, attempt: int) -> bool:
@@ -62,8 +79,9 @@ class JobQueue(Protocol):
 
     async def size(self) -> QueueSize: ...
 
-    def watch_size(self) -> AsyncGenerator[QueueSize, None]:
-        """The size now, then whenever it changed (changes may be merged). Survives the loss of the server."""
+    def watch_size(self) -> AsyncGenerator[QueueSize | QueueLoss, None]:
+        """The size now, then whenever it changed (changes may be merged). Survives the loss of the server, and tells
+        it; when the server is back, a size follows in any case."""
         ...
 
     async def dead_letters(self) -> list[DeadLetter]:

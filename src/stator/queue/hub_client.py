@@ -10,13 +10,14 @@ from stator.errors import ErrorCode, StatorError
 from stator.hub import messages as m
 from stator.hub.client import DEFAULT_TIMEOUT_S, Backoff, HubClient
 from stator.ids import InstanceId, JobId, LeaseId
-from stator.queue.base import DeadLetter, Delivery, QueueSize
+from stator.queue.base import DeadLetter, Delivery, QueueLoss, QueueSize
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import TransportClient
 
 logger = logging.getLogger(__name__)
 
 MAX_ABANDONED = 1024
+MAX_DELIVERIES_KNOWN = 4096
 CLOSE_TIMEOUT_S = 1.0
 
 
@@ -47,6 +48,8 @@ class HubQueue:
             random_source=random_source or random.SystemRandom(),
         )
         self._tasks = TaskOwner(f"hub queue {name}")
+        # The epoch of the hub that delivered it, while it is in a consumer's hands.
+        self._delivered: dict[tuple[JobId, int], int] = {}
         self._pulling: set[int] = set()
         self._abandoned: dict[int, None] = {}
         self._abandoning: asyncio.Task[None] | None = None
@@ -63,10 +66,12 @@ class HubQueue:
         request = m.PullJobs(self._hub.namespace, self.name, pull_id, consumer, lease_id, max_jobs, wait_s)
         self._pulling.add(pull_id)
         try:
-            deliveries = await self._hub.collect(m.PULL_JOBS, request, Delivery, timeout_s=wait_s + self._hub.timeout_s)
+            jobs: list[m.DeliveredJob] = await self._hub.collect(
+                m.PULL_JOBS, request, m.DeliveredJob, timeout_s=wait_s + self._hub.timeout_s
+            )
             if self._closing:
                 raise StatorError(ErrorCode.INSTANCE_LOST, f"this client of {self._hub.name} is closed")
-            return deliveries
+            return [self._delivery(job) for job in jobs]
         except asyncio.CancelledError:
             self._abandon(pull_id)
             raise
@@ -78,13 +83,19 @@ class HubQueue:
             self._pulling.discard(pull_id)
 
     async def extend(self, job_id: JobId, attempt: int) -> bool:
-        return await self._settle(m.Settlement.EXTEND, job_id, attempt)
+        answer = await self._settle(m.Settlement.EXTEND, job_id, attempt)
+        if answer.value:
+            return True
+        if self._delivered.get((job_id, attempt), answer.epoch) != answer.epoch:
+            return True  # Its hub is gone, and with it whoever could have given the job to another or cancelled it.
+        self._delivered.pop((job_id, attempt), None)
+        return False
 
     async def ack(self, job_id: JobId, attempt: int) -> bool:
-        return await self._settle(m.Settlement.ACK, job_id, attempt)
+        return await self._give_up(m.Settlement.ACK, job_id, attempt)
 
     async def nack(self, job_id: JobId, attempt: int) -> bool:
-        return await self._settle(m.Settlement.NACK, job_id, attempt)
+        return await self._give_up(m.Settlement.NACK, job_id, attempt)
 
     async def cancel(self, job_id: JobId) -> bool:
         return bool(await self._hub.ask(m.CANCEL_JOB, m.CancelJob(self._hub.namespace, self.name, job_id)))
@@ -93,11 +104,22 @@ class HubQueue:
         request = m.QueueRequest(self._hub.namespace, self.name)
         return (await self._hub.collect(m.QUEUE_SIZE, request, QueueSize))[0]
 
-    async def watch_size(self) -> AsyncGenerator[QueueSize, None]:
+    async def watch_size(self) -> AsyncGenerator[QueueSize | QueueLoss, None]:
         request = m.QueueRequest(self._hub.namespace, self.name)
         told: QueueSize | None = None
-        async with contextlib.aclosing(self._hub.follow(m.WATCH_SIZE, request, QueueSize)) as sizes:
-            async for _, size in sizes:
+        epoch: int | None = None
+        async with contextlib.aclosing(self._hub.follow(m.WATCH_SIZE, request, m.SizeUpdate)) as updates:
+            update: m.SizeUpdate | None
+            async for _, update in updates:
+                if update is None:
+                    told = None
+                    yield QueueLoss(jobs_lost=False)
+                    continue
+                if epoch not in (None, update.epoch):
+                    told = None
+                    yield QueueLoss(jobs_lost=True)
+                epoch = update.epoch
+                size = QueueSize(update.waiting, update.in_flight)
                 if size != told:
                     told = size
                     yield size
@@ -119,9 +141,19 @@ class HubQueue:
         await self._hub.close()
         await self._tasks.close()
 
-    async def _settle(self, settlement: m.Settlement, job_id: JobId, attempt: int) -> bool:
+    def _delivery(self, job: m.DeliveredJob) -> Delivery:
+        self._delivered[job.job_id, job.attempt] = job.epoch
+        if len(self._delivered) > MAX_DELIVERIES_KNOWN:
+            del self._delivered[next(iter(self._delivered))]
+        return Delivery(job.job_id, job.attempt, job.payload, job.seconds_left)
+
+    async def _give_up(self, settlement: m.Settlement, job_id: JobId, attempt: int) -> bool:
+        self._delivered.pop((job_id, attempt), None)
+        return bool((await self._settle(settlement, job_id, attempt)).value)
+
+    async def _settle(self, settlement: m.Settlement, job_id: JobId, attempt: int) -> m.Answer:
         request = m.SettleJob(self._hub.namespace, self.name, settlement, job_id, attempt)
-        return bool(await self._hub.ask(m.SETTLE_JOB, request))
+        return await self._hub.ask_for_answer(m.SETTLE_JOB, request)
 
     def _abandon(self, pull_id: int) -> None:
         if self._closing:

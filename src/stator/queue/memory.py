@@ -37,7 +37,7 @@ class MemoryQueue:
         self._core = core.JobQueueCore(limits)
         self._random = random_source or random.SystemRandom()
         self._pulls: dict[int, PullListener] = {}
-        self._size_watches: set[asyncio.Event] = set()
+        self._size_watches: dict[asyncio.Event, None] = {}
         self._last_size = self._core.size
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
@@ -122,7 +122,7 @@ class MemoryQueue:
 
     async def watch_size(self) -> AsyncGenerator[QueueSize, None]:
         changed = asyncio.Event()
-        self._size_watches.add(changed)
+        self._size_watches[changed] = None
         told: QueueSize | None = None
         try:
             while not self._closed:
@@ -134,7 +134,7 @@ class MemoryQueue:
                 else:
                     await changed.wait()
         finally:
-            self._size_watches.discard(changed)
+            self._size_watches.pop(changed, None)
 
     async def dead_letters(self) -> list[DeadLetter]:
         if self._closed:

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from stator.ids import RequestId
 
@@ -9,6 +10,14 @@ from stator.ids import RequestId
 def loop_time() -> float:
     """Seconds on the running loop's monotonic clock: the only clock that shells read, so that tests can own it."""
     return asyncio.get_running_loop().time()
+
+
+class Clocks(Protocol):
+    """Unix seconds for people, and seconds of a fine clock for how long something took. The module `time` is one."""
+
+    def time(self) -> float: ...
+
+    def perf_counter(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ class TaskOwner:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._tasks: set[asyncio.Task[Any]] = set()
+        # In the order of their start, which a set of objects would not keep: closing is part of what must repeat.
+        self._tasks: dict[asyncio.Task[Any], None] = {}
         self._closed = False
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
@@ -25,12 +26,12 @@ class TaskOwner:
             coroutine.close()
             raise RuntimeError(f"{self.name} is closed; cannot start {name}")
         task = asyncio.get_running_loop().create_task(coroutine, name=f"{self.name}: {name}")
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._done)
         return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("task %s failed", task.get_name(), exc_info=error)
 

@@ -136,6 +136,11 @@ class TransportServer(Protocol):
 
     async def start(self) -> None: ...
 
+    def mute(self) -> None:
+        """Send nothing more to other processes, not even what is ready. May be called from a signal handler; calls
+        are cancelled soon after. `close` is still to come."""
+        ...
+
     async def close(self) -> None:
         """Stop listening, cancel every call, flush what was ended, close every connection."""
         ...

@@ -22,7 +22,8 @@ class RequestPlaneClient:
     """Implements transport.base.TransportClient over all carriers.
 
     identity: who calls, and the token that is proved to servers on sockets. network: where `inproc://` names are
-    looked up; without it such addresses are passed over.
+    looked up; without it such addresses are passed over. Making one raises ConfigError for TLS files that cannot be
+    used.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class RequestPlaneClient:
         self._network = network
         self._settings = settings or TransportSettings()
         self._parsed: dict[str, Address] = {}
-        self._streams: set[ClientStream] = set()
+        self._streams: dict[ClientStream, None] = {}
         self._pool = ConnectionPool(identity, self._settings)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False

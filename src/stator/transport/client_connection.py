@@ -18,6 +18,7 @@ from stator.transport.encoding import DECODE_ERRORS, ENCODE_ERRORS, FrameTooLong
 from stator.transport.refusals import too_many_streams
 from stator.transport.server_call import deadline_passed
 from stator.transport.settings import Identity, TransportSettings
+from stator.transport.tls import TlsSession
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,10 @@ class ClientConnection(Connection):
         nonce: bytes,
         address: str,
         on_unusable: Callable[["ClientConnection"], None],
+        tls: TlsSession | None = None,
     ) -> None:
         super().__init__(settings, stats, lane)
+        self.tls = tls
         self.address = address
         self.usable = False
         self.connected: asyncio.Future[None] = self._loop.create_future()
@@ -154,6 +157,9 @@ class ClientConnection(Connection):
 
     def _open(self, stream: ClientStream, target: Target, request: Any) -> None:
         """Raises StatorError for a stream that cannot be opened."""
+        if self.is_closed:
+            # Lost between its handshake and this stream, which came too late to be ended with the others.
+            raise StatorError(ErrorCode.INSTANCE_LOST, f"the connection to {self.peer} was lost")
         if len(self._streams) >= self.settings.max_streams:
             raise too_many_streams(self.settings.max_streams)
         if self.write_backlog > self.settings.max_write_buffer_bytes:

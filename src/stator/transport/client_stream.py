@@ -61,7 +61,7 @@ class ClientStream:
         context: CallContext,
         item_type: Any,
         window: int,
-        book: "set[ClientStream]",
+        book: "dict[ClientStream, None]",
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         """book: where the stream is listed until its end is at, or on its way to, the sink. loop: the running one."""
@@ -72,7 +72,7 @@ class ClientStream:
         self.stream_id = -1
         self._sink = sink
         self._book = book
-        book.add(self)
+        book[self] = None
         self._link: StreamLink | None = None
         self._credit_step = window // 2
         self._uncredited = 0
@@ -172,7 +172,7 @@ class ClientStream:
 
     def _close(self) -> None:
         self._closed = True
-        self._book.discard(self)
+        self._book.pop(self, None)
         self._held = []
         if self._timer is not None:
             self._timer.cancel()

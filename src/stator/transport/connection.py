@@ -18,6 +18,7 @@ from stator.messages.control import Frame, Ping, Pong
 from stator.transport.base import Lane
 from stator.transport.encoding import DECODE_ERRORS, FrameSplitter, FrameTooLong, append_frame
 from stator.transport.settings import KIB, TransportSettings
+from stator.transport.tls import TlsSession
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,17 @@ class TransportStats:
 
 
 class Connection(asyncio.Protocol):
-    """Subclasses define handshake_frame, frame, collect, lost and idle."""
+    """Subclasses define handshake_frame, frame, collect, lost and idle.
+
+    tls: what the bytes of this connection go through. Frames wait until its hands are shaken, too.
+    """
 
     def __init__(self, settings: TransportSettings, stats: TransportStats, lane: Lane) -> None:
         self.settings = settings
         self.stats = stats
         self.limit = settings.frame_limit(lane)
         self.peer = "?"
+        self.tls: TlsSession | None = None
         self.ready = False
         self.is_closed = False
         self._loop = asyncio.get_running_loop()
@@ -102,6 +107,8 @@ class Connection(asyncio.Protocol):
         stats = self.stats
         stats.bytes_received += len(data)
         try:
+            if self.tls is not None and not (data := self._unseal(self.tls, data)):
+                return
             for frame in self._splitter.feed(data):
                 if self.is_closed:
                     return
@@ -131,6 +138,8 @@ class Connection(asyncio.Protocol):
         self._congested = False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.tls is not None and not self.ready:
+            self._end(self.tls.lost())
         reason = f": {exc}" if exc is not None else ""
         self._end(StatorError(ErrorCode.INSTANCE_LOST, f"the connection to {self.peer} was lost{reason}"))
         if not self.closed.done():
@@ -165,16 +174,38 @@ class Connection(asyncio.Protocol):
         """Write what has been collected."""
         if self.is_closed or self._transport is None:
             return
+        if self.tls is not None and not self.tls.established:
+            self._write_tls(self.tls)
+            return
         self.collect(self._out)
         out = self._out
         if not out:
             return
         self._out = bytearray()
         self._said = True
+        if self.tls is not None:
+            self.tls.send(out)
+            out = self.tls.take()
         self._num_written += len(out)
         self.stats.bytes_sent += len(out)
         self.stats.writes += 1
         self._transport.write(out)
+
+    def _unseal(self, tls: TlsSession, data: bytes) -> bytes:
+        """The plain bytes. What TLS itself has to say, an alert about what it refuses among it, is written."""
+        established = tls.established
+        try:
+            return tls.receive(data)
+        finally:
+            if tls.established and not established and self._out:
+                # In one write with the end of TLS's own handshake.
+                self.flush()
+            self._write_tls(tls)
+
+    def _write_tls(self, tls: TlsSession) -> None:
+        if (own := tls.take()) and self._transport is not None:
+            self._num_written += len(own)
+            self._transport.write(own)
 
     def _flush_soon(self) -> None:
         self._flush_scheduled = False
@@ -204,12 +235,21 @@ class Connection(asyncio.Protocol):
         """Write what has been collected, then close; streams that are still open end with error."""
         self.flush()
         self._end(error)
-        if self._transport is not None:
-            self._transport.close()
+        if self._transport is None:
+            return
+        if self.tls is not None and self.tls.established:
+            self.tls.end()
+            self._write_tls(self.tls)
+        self._transport.close()
 
     def abort(self) -> None:
         """Close now; what was not sent is lost."""
         self._end(StatorError(ErrorCode.INSTANCE_LOST, f"the connection to {self.peer} was closed"))
+        if self._transport is not None:
+            self._transport.abort()
+
+    def mute(self) -> None:
+        """As abort, but streams end only when the loop tells that the connection is lost."""
         if self._transport is not None:
             self._transport.abort()
 

@@ -45,7 +45,7 @@ class InProcessCarrier:
     def __init__(self, dispatcher: Dispatcher, settings: TransportSettings) -> None:
         self._dispatcher = dispatcher
         self._settings = settings
-        self._pairs: set[_Pair] = set()
+        self._pairs: dict[_Pair, None] = {}
         self._queued: list[_Pair] = []
         self._next_id = 0
         self._loop = asyncio.get_running_loop()
@@ -65,7 +65,7 @@ class InProcessCarrier:
         if len(self._pairs) >= self._settings.max_streams:
             stream.break_soon(too_many_streams(self._settings.max_streams))
             return
-        self._pairs.add(pair)
+        self._pairs[pair] = None
         self._loop.call_soon(pair.start)
 
     def make_call(self, pair: "_Pair", target: Target, request: Any) -> tuple[Endpoint, ServerCall]:
@@ -103,7 +103,7 @@ class InProcessCarrier:
         self._queued.append(pair)
 
     def discard(self, pair: "_Pair") -> None:
-        self._pairs.discard(pair)
+        self._pairs.pop(pair, None)
 
     def close(self) -> None:
         """Cancel every call; their callers see a lost instance, after what had ended was delivered."""

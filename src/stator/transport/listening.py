@@ -5,12 +5,18 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from stator.errors import ConfigError
 from stator.transport.addresses import TcpAddress
 from stator.transport.settings import Listen
 
 BACKLOG = 512
+
+BindTcp = Callable[[Listen, str], Awaitable[tuple[Any, TcpAddress]]]
+"""`bind_tcp`, or what a loop without sockets has in its place. The first value is for the loop's `create_server`."""
+
 _WILDCARDS = frozenset({"0.0.0.0", "::", ""})
 
 

@@ -16,6 +16,7 @@ from stator.transport.client_stream import ClientStream
 from stator.transport.connection import TransportStats
 from stator.transport.refusals import too_many_streams
 from stator.transport.settings import Identity, TransportSettings
+from stator.transport.tls import TlsContexts
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,15 @@ _Waiting = tuple[ClientStream, Target, Any]
 
 class ConnectionPool:
     def __init__(self, identity: Identity, settings: TransportSettings) -> None:
+        """Raises ConfigError for TLS files that cannot be used."""
         self.stats = TransportStats()
         self._identity = identity
         self._settings = settings
+        self._tls = None if identity.tls is None else TlsContexts(identity.tls)
         self._tasks = TaskOwner("request plane client")
         self._live: dict[_Key, ClientConnection] = {}
         self._connecting: dict[_Key, asyncio.Task[ClientConnection | StatorError]] = {}
-        self._connections: set[ClientConnection] = set()
+        self._connections: dict[ClientConnection, None] = {}
         self._dials: dict[_DialKey, list[_Waiting]] = {}
 
     @property
@@ -116,6 +119,9 @@ class ConnectionPool:
             self._connecting.pop(key, None)
 
     async def _shake_hands(self, key: _Key, address: SocketAddress, lane: Lane) -> ClientConnection:
+        is_tcp = isinstance(address, TcpAddress)
+        session = self._tls.to(address.host, str(address)) if is_tcp and self._tls is not None else None
+
         def made() -> ClientConnection:
             return ClientConnection(
                 self._identity,
@@ -125,6 +131,7 @@ class ConnectionPool:
                 nonce=secrets.token_bytes(NONCE_BYTES),
                 address=str(address),
                 on_unusable=lambda connection: self._drop(key, connection),
+                tls=session,
             )
 
         loop = asyncio.get_running_loop()
@@ -132,8 +139,8 @@ class ConnectionPool:
             _, connection = await loop.create_unix_connection(made, address.path)
         else:
             _, connection = await loop.create_connection(made, address.host, address.port)
-        self._connections.add(connection)
-        connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
+        self._connections[connection] = None
+        connection.closed.add_done_callback(lambda _: self._connections.pop(connection, None))
         try:
             await connection.connected
         except BaseException:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -14,11 +15,16 @@ from stator.transport.base import Endpoint
 from stator.transport.connection import TransportStats
 from stator.transport.dispatch import Dispatcher
 from stator.transport.inprocess import InProcessCarrier, InProcessNetwork
-from stator.transport.listening import BACKLOG, bind_tcp, bind_unix
+from stator.transport.listening import BACKLOG, BindTcp, bind_tcp, bind_unix
 from stator.transport.pool import close_connections
 from stator.transport.refusals import TOKEN_SOURCES
 from stator.transport.server_connection import ServerConnection
 from stator.transport.settings import Identity, Listen, TransportSettings
+from stator.transport.tls import TlsContexts
+
+logger = logging.getLogger(__name__)
+
+TURNED_AWAY_EVERY_S = 10.0
 
 
 class RequestPlaneServer:
@@ -34,8 +40,10 @@ class RequestPlaneServer:
         *,
         network: InProcessNetwork | None = None,
         settings: TransportSettings | None = None,
+        bind: BindTcp = bind_tcp,
     ) -> None:
-        """Raises ConfigError for an in-process name without a network, and for sockets without a token."""
+        """Raises ConfigError for an in-process name without a network, for sockets without a token, and for TLS files
+        that cannot be used."""
         if listen.inproc_name is not None and network is None:
             raise ConfigError(f"inproc_name {listen.inproc_name!r} needs an InProcessNetwork")
         if (listen.host is not None or listen.unix_path is not None) and not identity.token:
@@ -45,10 +53,14 @@ class RequestPlaneServer:
         self._listen = listen
         self._network = network
         self._settings = settings or TransportSettings()
+        self._bind = bind
         self._dispatcher = Dispatcher(identity)
         self._inprocess: InProcessCarrier | None = None
         self._servers: list[asyncio.Server] = []
-        self._connections: set[ServerConnection] = set()
+        self._connections: dict[ServerConnection, None] = {}
+        self._unproved: dict[ServerConnection, None] = {}
+        self._turned_away = RareWarning(TURNED_AWAY_EVERY_S)
+        self._tls = None if identity.tls is None else TlsContexts(identity.tls)
         self._addresses: list[str] = []
 
     @property
@@ -86,12 +98,17 @@ class RequestPlaneServer:
                 await self._serve(bind_unix(listen.unix_path))
                 self._addresses.append(str(UnixAddress(listen.unix_path)))
             if listen.host is not None:
-                bound, address = await bind_tcp(listen, listen.host)
+                bound, address = await self._bind(listen, listen.host)
                 await self._serve(bound)
                 self._addresses.append(str(address))
         except BaseException:
             await self.close()
             raise
+
+    def mute(self) -> None:
+        self._dispatcher.closing = True
+        for connection in list(self._connections):
+            connection.mute()
 
     async def close(self) -> None:
         self._dispatcher.closing = True
@@ -117,15 +134,15 @@ class RequestPlaneServer:
         loop = asyncio.get_running_loop()
         try:
             if bound.family == socket.AF_UNIX:
-                server = await loop.create_unix_server(self._make, sock=bound, backlog=BACKLOG)
+                server = await loop.create_unix_server(lambda: self._make(None), sock=bound, backlog=BACKLOG)
             else:
-                server = await loop.create_server(self._make, sock=bound, backlog=BACKLOG)
+                server = await loop.create_server(lambda: self._make(self._tls), sock=bound, backlog=BACKLOG)
         except BaseException:
             bound.close()
             raise
         self._servers.append(server)
 
-    def _make(self) -> ServerConnection:
+    def _make(self, contexts: TlsContexts | None) -> ServerConnection:
         return ServerConnection(
             self._dispatcher,
             self._settings,
@@ -133,12 +150,51 @@ class RequestPlaneServer:
             token=self._identity.token or "",
             new_nonce=lambda: secrets.token_bytes(NONCE_BYTES),
             on_made=self._made,
+            on_proved=self._proved,
+            contexts=contexts,
         )
 
     def _made(self, connection: ServerConnection) -> bool:
         """False for a connection that is not taken."""
-        if self._dispatcher.closing or len(self._connections) >= self._settings.max_connections:
+        settings = self._settings
+        if self._dispatcher.closing:
             return False
-        self._connections.add(connection)
-        connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
+        if len(self._connections) - len(self._unproved) >= settings.max_connections:
+            self._turned_away.say(f"{settings.max_connections} connections are open; no more are taken")
+            return False
+        self._connections[connection] = self._unproved[connection] = None
+        connection.closed.add_done_callback(lambda _: self._forget(connection))
+        if len(self._unproved) > settings.max_unauthenticated:
+            oldest = next(iter(self._unproved))
+            self._turned_away.say(
+                f"more than {settings.max_unauthenticated} connections have not proved the token; closing the oldest, "
+                f"from {oldest.peer}"
+            )
+            self._unproved.pop(oldest)
+            oldest.abort()
         return True
+
+    def _proved(self, connection: ServerConnection) -> None:
+        self._unproved.pop(connection, None)
+
+    def _forget(self, connection: ServerConnection) -> None:
+        self._connections.pop(connection, None)
+        self._unproved.pop(connection, None)
+
+
+class RareWarning:
+    """One line for many events: at most one in every_s, with how many were not told."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._next: float | None = None
+        self._untold = 0
+
+    def say(self, message: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._next is not None and now < self._next:
+            self._untold += 1
+            return
+        more = f" ({self._untold} times more since the last such line)" if self._untold else ""
+        self._next, self._untold = now + self._every_s, 0
+        logger.warning("%s%s", message, more)

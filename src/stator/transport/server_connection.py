@@ -28,6 +28,13 @@ from stator.transport.encoding import append_data
 from stator.transport.refusals import instance_stopped, too_many_streams
 from stator.transport.server_call import Entry, ServerCall, deadline_passed
 from stator.transport.settings import TransportSettings
+from stator.transport.tls import (
+    FIRST_BYTE,
+    TlsContexts,
+    caller_with_tls,
+    caller_without_tls,
+    told_to_caller_without_tls,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +43,10 @@ MAX_DEADLINE_MS = 1e9
 
 
 class ServerConnection(Connection):
-    """Implements CallLink. token: the deployment's. new_nonce: fresh random bytes, control.NONCE_BYTES of them."""
+    """Implements CallLink. token: the deployment's. new_nonce: fresh random bytes, control.NONCE_BYTES of them.
+
+    on_made, on_proved: told when the socket is there, and when its caller has proved the token. contexts: of a server
+    that takes TLS alone."""
 
     def __init__(
         self,
@@ -47,12 +57,17 @@ class ServerConnection(Connection):
         token: str,
         new_nonce: Callable[[], bytes],
         on_made: Callable[["ServerConnection"], bool],
+        on_proved: Callable[["ServerConnection"], None] = lambda _: None,
+        contexts: TlsContexts | None = None,
     ) -> None:
         super().__init__(settings, stats, Lane.CALLS)
         self._dispatcher = dispatcher
         self._token = token
         self._new_nonce = new_nonce
         self._on_made = on_made
+        self._on_proved = on_proved
+        self._contexts = contexts
+        self._began = False
         self._hello: Hello | None = None
         self._challenge: Challenge | None = None
         self._calls: dict[int, ServerCall] = {}
@@ -66,6 +81,13 @@ class ServerConnection(Connection):
         super().connection_made(transport)
         if not self._on_made(self):
             self.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._began:
+            self._began = True
+            self._begin(is_tls=data[0] == FIRST_BYTE)
+        if not self.is_closed:
+            super().data_received(data)
 
     def handshake_frame(self, frame: memoryview) -> None:
         identity = self._dispatcher.identity
@@ -83,6 +105,7 @@ class ServerConnection(Connection):
             raise handshake.wrong_token_of_caller()
         self.send(Welcome(handshake.proof(self._token, handshake.SERVER, self._hello, self._challenge)))
         self.set_ready(self._hello.max_frame_bytes)
+        self._on_proved(self)
 
     def frame(self, frame: Frame) -> None:
         match frame:
@@ -157,6 +180,19 @@ class ServerConnection(Connection):
 
     # Inside.
 
+    def _begin(self, *, is_tls: bool) -> None:
+        if self._contexts is None:
+            if is_tls:
+                self.fail(caller_with_tls(self.peer))
+        elif is_tls:
+            self.tls = self._contexts.accept(self.peer)
+        else:
+            refusal = caller_without_tls(self.peer)
+            logger.warning("refused %s: %s", self.peer, refusal.message)
+            # In plain text, which is all that it reads.
+            self.send(Refused(ErrorMessage.of(told_to_caller_without_tls())))
+            self.close(refusal)
+
     def _open(self, frame: Open) -> None:
         stream_id = frame.stream_id
         if stream_id <= self._last_stream_id:
@@ -168,6 +204,7 @@ class ServerConnection(Connection):
         try:
             if len(self._calls) >= self.settings.max_streams:
                 raise too_many_streams(self.settings.max_streams)
+            self._check_names(frame)
             context = self._context(frame)
             endpoint = self._dispatcher.find(frame.endpoint, frame.instance_id)
             request = self._dispatcher.decode_request(endpoint, frame.request)
@@ -187,6 +224,21 @@ class ServerConnection(Connection):
         )
         self._calls[stream_id] = call
         self._dispatcher.run(endpoint, call)
+
+    def _check_names(self, frame: Open) -> None:
+        """Raises StatorError(PROTOCOL) for what is kept, or told again, and longer than anybody needs."""
+        limits = self.settings
+        names = (frame.endpoint, frame.request_id, frame.instance_id or "")
+        if max(map(len, names)) > limits.max_name_bytes:
+            raise StatorError(ErrorCode.PROTOCOL, f"a name in a call is longer than {limits.max_name_bytes} characters")
+        if frame.headers:
+            num_bytes = sum(len(key) + len(value) for key, value in frame.headers.items())
+            if len(frame.headers) > limits.max_headers or num_bytes > limits.max_header_bytes:
+                raise StatorError(
+                    ErrorCode.PROTOCOL,
+                    f"the headers of a call are {len(frame.headers)} with {num_bytes} characters; expected at most "
+                    f"{limits.max_headers} with {limits.max_header_bytes}",
+                )
 
     def _context(self, frame: Open) -> CallContext:
         """Raises StatorError(DEADLINE) if no time is left."""

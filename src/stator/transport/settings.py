@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from stator.config.node_tls import NodeTls
 from stator.ids import InstanceId
 from stator.transport.base import Lane
 
@@ -17,6 +18,9 @@ class TransportSettings:
     max_write_buffer_bytes: what may wait in one connection's socket buffer of this process; past it the streams that
     have more to send end with SLOW_READER. write_high_water_bytes: above it `Call.writable` waits.
     max_streams: open streams per connection (per name in process); one more is refused with OVERLOADED.
+    max_connections: of a server, authenticated ones. max_unauthenticated: that are still shaking hands; one more, and
+    the oldest of them is closed, so that who only holds connections open keeps nobody out.
+    max_headers, max_header_bytes: of a call; max_name_bytes: of an endpoint, a request or an instance in a frame.
     ping_interval_s: of silence of our own before we say something. heartbeat_timeout_s: of the peer's silence, or of
     its not reading anything, after which the connection counts as lost.
     """
@@ -31,6 +35,10 @@ class TransportSettings:
     max_handshake_frame_bytes: int = 16 * KIB
     max_streams: int = 4096
     max_connections: int = 4096
+    max_unauthenticated: int = 512
+    max_headers: int = 32
+    max_header_bytes: int = 8 * KIB
+    max_name_bytes: int = 1 * KIB
     ping_interval_s: float = 2.0
     heartbeat_timeout_s: float = 10.0
     connect_timeout_s: float = 5.0
@@ -57,13 +65,15 @@ class TransportSettings:
 class Identity:
     """Who this process is to its peers. token: the deployment's shared secret; only its proof travels.
 
-    Without a token nothing crosses a socket; calls in process need none. role: for the peers' logs.
+    Without a token nothing crosses a socket; calls in process need none. role: for the peers' logs. tls: over TCP, with
+    this certificate; None: in plain text. Unix sockets have none, since the system says who may connect.
     """
 
     namespace: str = "stator"
     instance_id: InstanceId = InstanceId("")
     role: str = ""
     token: str | None = field(default=None, repr=False)
+    tls: NodeTls | None = None
 
 
 @dataclass(frozen=True, slots=True)

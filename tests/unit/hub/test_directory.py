@@ -151,7 +151,14 @@ def test_the_last_view_stays_while_the_hub_is_away() -> None:
         assert len(changes) == 1, "the same state again is no change"
         await world.lose()
         await world.heal()
+        with pytest.raises(TimeoutError):
+            await directory.wait_for(lambda view: not view.instances(), 30.0)
+        assert len(changes) == 1, "who registers again at an empty hub was never gone"
+        await worker.close()
+        await world.lose()
+        await world.heal()
         await directory.wait_for(lambda view: not view.instances(), 30.0)
+        assert [change.removed for change in changes[1:]] == [(info("a"),)]
         await directory.close()
         await world.close()
 

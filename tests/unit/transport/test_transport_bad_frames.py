@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +84,26 @@ async def check_fate(connection: Connection, transport: MemoryTransport, data: b
         logging.disable(logging.NOTSET)
 
 
+def corpus(who: str) -> list[Any]:
+    """What was found to be worth keeping: add a file for whatever a connection ever stumbled over."""
+    files = sorted((Path(__file__).parent / "corpus").glob(f"{who}-*.bin"))
+    assert len(files) > 10
+    return [pytest.param(file.read_bytes(), id=file.stem) for file in files]
+
+
+@pytest.mark.parametrize("data", corpus("server"))
+def test_a_server_survives_the_corpus(data: bytes) -> None:
+    async def run() -> None:
+        await check_fate(*ready_server(), data, True)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("data", corpus("client"))
+def test_a_client_survives_the_corpus(data: bytes) -> None:
+    asyncio.run(_client_survives(data))
+
+
 @FEW
 @given(data=mutated(caller_frames))
 def test_a_server_survives_mutated_frames(data: bytes) -> None:
@@ -104,17 +125,37 @@ def test_a_server_survives_garbage_for_a_hello(data: bytes) -> None:
 @FEW
 @given(data=mutated(server_frames))
 def test_a_client_survives_mutated_frames_and_ends_each_stream_once(data: bytes) -> None:
-    async def run() -> None:
-        connection, transport = ready_client()
-        sinks = [Recorder() for _ in range(3)]
-        for sink in sinks:
-            stream = ClientStream("echo", sink, context(), int, 256, set(), asyncio.get_running_loop())
-            connection.open(stream, Target(("memory",), "echo"), 1)
-        await check_fate(connection, transport, data, False)
-        for sink in sinks:
-            await sink.ended()
+    asyncio.run(_client_survives(data))
 
-    asyncio.run(run())
+
+async def _client_survives(data: bytes) -> None:
+    connection, transport = ready_client()
+    sinks = [Recorder() for _ in range(3)]
+    for sink in sinks:
+        stream = ClientStream("echo", sink, context(), int, 256, {}, asyncio.get_running_loop())
+        connection.open(stream, Target(("memory",), "echo"), 1)
+    await check_fate(connection, transport, data, False)
+    for sink in sinks:
+        await sink.ended()
+
+
+def test_what_a_call_names_is_bounded() -> None:
+    """Names and headers are kept, and told again: no longer, and no more of them, than anybody needs."""
+
+    async def run(message: Any) -> str:
+        connection, transport = ready_server()
+        connection.data_received(frame(message))
+        connection.flush()
+        told = str(transport.frames())
+        if not connection.is_closed:
+            connection.abort()
+        await connection.closed
+        return told
+
+    headers = {f"h{number}": "v" for number in range(64)}
+    assert "headers of a call are 64" in asyncio.run(run((1, 1, "echo", 5, 10, "r", None, None, headers)))
+    assert "a name in a call is longer" in asyncio.run(run((1, 1, "e" * 5000, 5, 10, "r")))
+    assert "a name in a call is longer" in asyncio.run(run((1, 1, "echo", 5, 10, "r" * 5000)))
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,26 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from stator.errors import ConfigError
-from stator.transport import Identity, InProcessNetwork, Listen, RequestPlaneServer, TransportSettings
+from stator.errors import ConfigError, ErrorCode, StatorError
+from stator.ids import RequestId
+from stator.runtime.context import CallContext
+from stator.transport import (
+    Call,
+    Endpoint,
+    Identity,
+    InProcessNetwork,
+    Listen,
+    RequestPlaneClient,
+    RequestPlaneServer,
+    Target,
+    TransportSettings,
+)
 from stator.transport.addresses import InProcessAddress, TcpAddress, UnixAddress, parse_address
+from stator.transport.calls import stream as stream_of
 from stator.transport.listening import bind_tcp, bind_unix
 
 IDENTITY = Identity(token="token")
@@ -146,3 +160,34 @@ def test_what_cannot_work_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="at least a window"):
         TransportSettings(max_buffered_items=10)
     assert "secret" not in repr(Identity(token="secret"))
+
+
+def test_a_muted_server_sends_nothing_more_and_tells_its_callers_only_that_it_is_gone() -> None:
+    async def main() -> None:
+        server = RequestPlaneServer(IDENTITY, Listen(host="127.0.0.1"))
+        calls: list[Call] = []
+        gone = asyncio.Event()
+
+        def handle(call: Call) -> None:
+            call.on_cancel(gone.set)
+            calls.append(call)
+            call.items(["first"])
+
+        server.register(Endpoint("hold", Any, handle))
+        await server.start()
+        client = RequestPlaneClient(IDENTITY)
+        got: list[Any] = []
+        stream = stream_of(client, Target(server.addresses, "hold"), None, context=CallContext(RequestId("r")))
+        with pytest.raises(StatorError) as caught:
+            async for items in stream:
+                got += items
+                calls[0].items(["ready, but old"])
+                server.mute()
+                calls[0].items(["older"])
+        assert got == ["first"]
+        assert caught.value.code is ErrorCode.INSTANCE_LOST
+        await asyncio.wait_for(gone.wait(), 5)
+        await client.close()
+        await server.close()
+
+    asyncio.run(main())

@@ -1,12 +1,16 @@
 """Both ends of a stream against a simple model: what was pushed, what may have arrived, and one end."""
 
 import asyncio
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stator.errors import ErrorCode
+from stator.errors import ErrorCode, StatorError
 from stator.testing.contracts.transport_world import Carrier, Held, open_on, turns, world
+from stator.transport.client_connection import ClientConnection
+from stator.transport.pool import ConnectionPool
 
 WINDOW = 4
 MAX_BUFFERED = 16
@@ -69,5 +73,35 @@ def test_a_stream_keeps_its_promises(steps: list[tuple[str, int]], ending: str, 
             expected = {"end": "", "cancel": "cancelled", "close": "instance_lost", "nothing": "cancelled"}[ending]
             assert code in ({expected, ErrorCode.SLOW_READER} if overrun else {expected})
             assert sink.received == pushed[: len(sink.received)]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["abort", "close"])
+def test_a_connection_lost_between_its_handshake_and_its_first_stream(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that stops in that moment; the stream must not wait for what nobody will send."""
+    reach = ConnectionPool._reach
+
+    async def reach_and_lose(self: ConnectionPool, *where: Any) -> Any:
+        reached = await reach(self, *where)
+        assert isinstance(reached, ClientConnection)
+        if how == "abort":
+            reached.abort()
+        else:
+            reached.close(StatorError(ErrorCode.INSTANCE_LOST, "the server stopped"))
+        return reached
+
+    async def run() -> None:
+        async with world(Carrier.TCP) as made:
+            server = await made.serve({"run": Held()})
+            monkeypatch.setattr(ConnectionPool, "_reach", reach_and_lose)
+            sink, _ = open_on(made.client(), server)
+            async with asyncio.timeout(5):
+                while not sink.ends:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            (error,) = sink.ends
+            assert error is not None and error.code is ErrorCode.INSTANCE_LOST
 
     asyncio.run(run())
