@@ -8,6 +8,8 @@ same `StatorError` on the other side.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from stator.ids import InstanceId
+
 
 class ErrorCode(StrEnum):
     INVALID_REQUEST = "invalid_request"
@@ -27,6 +29,10 @@ class ErrorCode(StrEnum):
     INSTANCE_LOST = "instance_lost"
     STALE_INSTANCE = "stale_instance"
     ENGINE_DEAD = "engine_dead"
+    ENGINE_CRASHED = "engine_crashed"
+    """The engine failed in a step that computed this very request's prompt or first token: the request may be why."""
+    POISON_REQUEST = "poison_request"
+    NOT_RESUMABLE = "not_resumable"
     TRANSFER_FAILED = "transfer_failed"
     PROTOCOL = "protocol"
     INTERNAL = "internal"
@@ -88,6 +94,9 @@ ERRORS: dict[ErrorCode, ErrorInfo] = {
     ErrorCode.INSTANCE_LOST: ErrorInfo(502, Fault.PEER, True, True, Ending.ERROR, _SERVER),
     ErrorCode.STALE_INSTANCE: ErrorInfo(502, Fault.PEER, True, True, Ending.ERROR, _SERVER),
     ErrorCode.ENGINE_DEAD: ErrorInfo(502, Fault.PEER, True, True, Ending.ERROR, _SERVER),
+    ErrorCode.ENGINE_CRASHED: ErrorInfo(502, Fault.PEER, True, True, Ending.ERROR, _SERVER),
+    ErrorCode.POISON_REQUEST: ErrorInfo(500, Fault.PEER, False, False, Ending.ERROR, _SERVER),
+    ErrorCode.NOT_RESUMABLE: ErrorInfo(502, Fault.PEER, True, False, Ending.ERROR, _SERVER),
     ErrorCode.TRANSFER_FAILED: ErrorInfo(502, Fault.PEER, True, False, Ending.ERROR, _SERVER),
     ErrorCode.PROTOCOL: ErrorInfo(502, Fault.PEER, False, False, Ending.ERROR, _SERVER),
     ErrorCode.INTERNAL: ErrorInfo(500, Fault.US, False, False, Ending.ERROR, _SERVER),
@@ -99,16 +108,24 @@ class StatorError(Exception):
 
     message: for the person who reads it: what happened, to what, and what to do; never internals or prompt text.
     param: the request field at fault, if one is. retry_after_s: when a retry may succeed, if known.
+    instance_id: whose failure it is, if not that of the instance which answers with it.
     """
 
     def __init__(
-        self, code: ErrorCode, message: str, *, param: str | None = None, retry_after_s: float | None = None
+        self,
+        code: ErrorCode,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        instance_id: InstanceId | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.instance_id = instance_id
 
     @property
     def info(self) -> ErrorInfo:

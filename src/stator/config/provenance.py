@@ -60,6 +60,11 @@ def options_of(name: str, section: Section, configuration: Configuration) -> lis
     return [_shown(option) for option in options]
 
 
+def option_origins(name: str, section: Section, configuration: Configuration) -> dict[str, str]:
+    """Where each option of the section was written, by its name in Python; `default` for the others."""
+    return {option.key.replace("-", "_"): option.origin for option in options_of(name, section, configuration)}
+
+
 def _shown(option: Option) -> Option:
     value = hide(option.key, option.value)
     if value == option.value:

@@ -26,6 +26,22 @@ _Model = Annotated[
     Meta(min_length=1, description="A model's directory, its id on the hub (org/name), or a bundled one: stator:NAME."),
 ]
 
+# Of the requests that wait where routing is done: at the Router, or at the Processor of a graph without one.
+_MaxQueuedRequests = Annotated[
+    int,
+    Meta(
+        ge=0,
+        description="Requests that may wait for a worker with room; more get 429. The Router's, if there is one.",
+        extra={"unit": "requests"},
+    ),
+]
+_MaxQueuedTokens = Annotated[
+    int, Meta(ge=1, description="Prompt tokens of the requests that may wait.", extra={"unit": "tokens"})
+]
+_MaxQueueWait = Annotated[
+    float, Meta(gt=0, description="Longest wait for a worker with room, then 429.", extra={"unit": "s"})
+]
+
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
     """What one process of the service needs."""
@@ -82,10 +98,21 @@ class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
     migration_limit: Annotated[
         int, Meta(ge=0, description="How often a request may continue on another worker.", extra={"unit": "times"})
     ] = 3
+    migration_wait_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="How long half an answer waits for a worker to go on when none is left.",
+            extra={"unit": "s"},
+        ),
+    ] = 30.0
     router: Annotated[RouterName, Meta(description="How a decode worker is chosen.")] = "kv"
     trust_remote_code: Annotated[bool, Meta(description="Accepted for older files; the tokenizer runs no code.")] = (
         False
     )
+    max_queued_requests: _MaxQueuedRequests = 1024
+    max_queued_tokens: _MaxQueuedTokens = 8_000_000
+    max_queue_wait: _MaxQueueWait = 600.0
 
 
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +124,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1
     block_size: _BlockSize = 64
     mode: Annotated[RouterName, Meta(description="Policy; default: the Processor's `router`.")] | None = None
+    max_queued_requests: _MaxQueuedRequests = 1024
+    max_queued_tokens: _MaxQueuedTokens = 8_000_000
+    max_queue_wait: _MaxQueueWait = 600.0
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,10 +137,25 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: _Model
-    engine: Annotated[EngineName, Meta(description="What computes: vllm (GPU), local (numpy) or sim.")] = "vllm"
+    engine: Annotated[
+        EngineName,
+        Meta(description="What computes: vllm (GPU), local (numpy) or sim (no model; the times of other hardware)."),
+    ] = "vllm"
     served_model_name: Annotated[str, Meta(description="Name clients ask for; default: Frontend's.")] | None = None
     kv_transfer_config: (
         Annotated[dict[str, Any] | str, Meta(description="vLLM's KV connector: a mapping, or JSON text.")] | None
+    ) = None
+    progress_timeout: (
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                description="Time without an engine step, with work to do, after which the worker leaves and starts "
+                "again; 0 never; default: 8 s, more while the engine is new, where batches are large, or steps slow.",
+                extra={"unit": "s"},
+            ),
+        ]
+        | None
     ) = None
     lora_modules: Annotated[dict[str, str], Meta(description="LoRA adapters: name and directory (engine vllm).")] = {}
     engine_args: dict[str, Any] = {}

@@ -1,12 +1,16 @@
 """The engine seam: what computes tokens.
 
-Implementations: `engines.local` (numpy) and `engines.vllm`; a simulated one later. One contract suite
+Implementations: `engines.local` (numpy), `engines.sim` (its scheduler without a model) and `engines.vllm`. One suite
 (`stator.testing.contracts.engine`) runs on all. An engine lives in its worker's process and is called on the event
 loop; it may compute on threads or in processes of its own, but calls sinks on the event loop only.
 
 Streams: `generate` and `prefill` return at once; the sink then gets items and one end, as `transport.base.Sink`
 says. All sequences that one engine step advanced are pushed within one callback of the loop, so that the transport
 can send them to a peer in one frame. A refused request ends its sink with INVALID_REQUEST and never raises.
+
+Death: an engine that can compute no more ends every stream and tells its host. Those whose prompt or first token the
+step that failed was computing end with ENGINE_CRASHED, as far as the engine can tell; all others, and all streams of an
+engine that was killed from outside, with ENGINE_DEAD.
 
 KV blocks: a sequence's blocks are freed (kept as reusable prefix cache) when its stream ended. A finished prefill
 holds its blocks for `TRANSFER_HOLD_S`, or until they were fetched or released.
@@ -89,6 +93,11 @@ class Engine(Protocol):
 
     def release(self, transfer_id: TransferId) -> None:
         """Nobody will fetch these held blocks. Idempotent. The id is `PrefillResult.transfer["transfer_id"]`."""
+        ...
+
+    async def holds_ended(self) -> None:
+        """Returns once no finished prefill holds blocks that wait to be fetched; after TRANSFER_HOLD_S without a new
+        one at the latest."""
         ...
 
     def load(self) -> EngineLoad:

@@ -1,22 +1,24 @@
 """Engines by the name that a worker's `engine` key gives. An engine's modules are imported when it is chosen."""
 
 from collections.abc import Callable, Mapping
+from random import Random
 from typing import Any, get_type_hints
 
 from stator.engines.base import Engine
 from stator.errors import ConfigError
 
 
-def create_engine(name: str, values: Mapping[str, Any]) -> Engine:
+def create_engine(name: str, values: Mapping[str, Any], *, rng: Random | None = None) -> Engine:
     """An engine that has not been started.
 
-    values: the engine's own keys of the worker's section (vLLM's flag names). Raises ConfigError for an unknown
-    engine, key or value.
+    values: the engine's own keys of the worker's section (vLLM's flag names). rng: for what engines of ours draw, seeds
+    and ids; None for one that nobody can predict, or by the key `seed`. Raises ConfigError for an unknown engine, key
+    or value.
     """
     factory = _ENGINES.get(name)
     if factory is None:
         raise ConfigError(f"there is no engine {name!r}; known engines: {', '.join(sorted(_ENGINES))}")
-    return factory(values)
+    return factory(values, rng)
 
 
 def engine_names() -> list[str]:
@@ -40,26 +42,44 @@ def own_flags(name: str) -> tuple[dict[str, Any], frozenset[str]] | None:
 
     None for an engine that takes vLLM's.
     """
-    if name != "local":
+    if name not in ("local", "sim"):
         return None
     from stator.engines.local.args import WITHOUT_MEANING_HERE, LocalEngineArgs
 
-    return get_type_hints(LocalEngineArgs), WITHOUT_MEANING_HERE
+    if name == "local":
+        return get_type_hints(LocalEngineArgs), WITHOUT_MEANING_HERE
+    from stator.engines.sim.args import SimEngineArgs
+
+    return get_type_hints(SimEngineArgs), WITHOUT_MEANING_HERE
 
 
-def _local(values: Mapping[str, Any]) -> Engine:
+def _local(values: Mapping[str, Any], rng: Random | None) -> Engine:
     from stator.engines.local.args import args_from_section
     from stator.engines.local.engine import LocalEngine
     from stator.engines.local.load import numpy_runner, with_local_model
 
-    return LocalEngine(args_from_section(values), runner_factory=numpy_runner, prepare=with_local_model)
+    args = args_from_section(values)
+    rng = rng if args.seed is None else None
+    return LocalEngine(args, runner_factory=numpy_runner, prepare=with_local_model, rng=rng)
 
 
-def _vllm(values: Mapping[str, Any]) -> Engine:
+def _sim(values: Mapping[str, Any], rng: Random | None) -> Engine:
+    from stator.engines.sim.args import args_from_section
+    from stator.engines.sim.engine import SimEngine
+
+    args = args_from_section(values)
+    return SimEngine(args, rng=rng if args.seed is None else None)
+
+
+def _vllm(values: Mapping[str, Any], _rng: Random | None) -> Engine:
     from stator.engines.vllm.args import settings_from_section
     from stator.engines.vllm.engine import VllmEngine
 
     return VllmEngine(settings_from_section(values))
 
 
-_ENGINES: dict[str, Callable[[Mapping[str, Any]], Engine]] = {"local": _local, "vllm": _vllm}
+_ENGINES: dict[str, Callable[[Mapping[str, Any], Random | None], Engine]] = {
+    "local": _local,
+    "sim": _sim,
+    "vllm": _vllm,
+}

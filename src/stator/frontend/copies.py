@@ -26,6 +26,7 @@ _UNIX = "unix://"
 class FrontendCopies:
     """server: of this instance. process: which of `copies`, from 1.
 
+    A process that drains and the one that takes its place have one number; the latter's figures are shown.
     The other processes are those whose Unix sockets are in the directory of ours: the supervisor made it for them.
     """
 
@@ -68,7 +69,7 @@ class FrontendCopies:
         own = _directories(self._server.addresses)
         return [
             info
-            for info in self._directory.instances(ready_only=False)
+            for info in sorted(self._directory.instances(ready_only=False), key=lambda info: info.state)
             if info.instance_id != self._instance_id
             and ENDPOINT in info.endpoints
             and own & _directories(info.addresses)

@@ -1,6 +1,7 @@
 """Request bodies to OpenAI structs. Pure: every body, whatever its bytes, is a request or INVALID_REQUEST."""
 
 import operator
+import re
 from typing import Any, NoReturn
 
 import msgspec
@@ -18,8 +19,19 @@ MAX_DETAIL_CHARS = 300
 
 _DECODE_CHAT = msgspec.json.Decoder(ChatCompletionRequest).decode
 _DECODE_COMPLETION = msgspec.json.Decoder(CompletionRequest).decode
-_FREE_FORM = ("tools", "tool_choice", "response_format", "audio", "functions")
+_DECODE_NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_FREE_FORM = (
+    "tools", "tool_choice", "response_format", "audio", "functions", "function_call", "prediction", "moderation",
+    "web_search_options", "prompt_cache_options",
+)  # fmt: skip
 
+_PART_TYPE = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
+_MESSAGE_FIELDS = ("function_call", "audio", "refusal")
+_NONE_OF_MESSAGE = (None,) * len(_MESSAGE_FIELDS)
+_REFUSED_OF_MESSAGE = operator.attrgetter(*_MESSAGE_FIELDS)
+
+MAX_NAMED_FIELDS = 16
+MAX_NAME_CHARS = 64
 
 _FREE_FORM_VALUES = operator.attrgetter(*_FREE_FORM)
 
@@ -39,6 +51,12 @@ def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | Comple
         _refuse("The request body is nested too deeply.")
     _check(request)
     return request
+
+
+def undeclared_fields(request: ChatCompletionRequest | CompletionRequest, body: bytes) -> list[str]:
+    """Names of the fields of a body that was decoded which nothing here knows: other vendors' extensions, ignored."""
+    names = [name for name in _DECODE_NAMES(body) if name not in request.__struct_fields__]
+    return [name[:MAX_NAME_CHARS] for name in names[:MAX_NAMED_FIELDS]]
 
 
 def _refuse(message: str, param: str | None = None) -> NoReturn:
@@ -66,6 +84,8 @@ def _refuse_field(text: str) -> NoReturn:
     if len(detail) > MAX_DETAIL_CHARS:
         detail = detail[:MAX_DETAIL_CHARS] + "..."
     detail = detail[:1].lower() + detail[1:]
+    if _PART_TYPE.fullmatch(param):
+        _refuse(f"Invalid value for '{param}': {detail}; only parts of the type 'text' are supported.", param)
     if not param:
         _refuse(f"The request body must be a JSON object: {detail}.")
     _refuse(f"Invalid value for '{param}': {detail}.", param)
@@ -82,8 +102,15 @@ def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
         if value is not None:
             _check_free_form(value, name)
     for index, message in enumerate(request.messages):
+        if (refused := _REFUSED_OF_MESSAGE(message)) != _NONE_OF_MESSAGE:
+            _refuse_message_field(refused, f"messages[{index}]")
         if message.tool_calls is not None:
             _check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+
+
+def _refuse_message_field(values: tuple[Any, ...], where: str) -> NoReturn:
+    name = next(name for name, value in zip(_MESSAGE_FIELDS, values, strict=True) if value is not None)
+    raise StatorError(ErrorCode.UNSUPPORTED, f"{where}.{name} is not supported; leave it out.", param=f"{where}.{name}")
 
 
 def _check_free_form(value: Any, param: str) -> None:

@@ -9,15 +9,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stator.errors import Ending, ErrorCode, StatorError
-from stator.frontend.decode import decode_request
+from stator.frontend.decode import decode_request, undeclared_fields
+from stator.frontend.detailed import DetailedAnswer, DetailedEncoder
 from stator.frontend.encoding import DONE, ChunkEncoder, encode_whole
 from stator.frontend.http import ClientGone, Headers, HttpExchange, Pipe, Receive, internal_error
 from stator.frontend.settings import FrontendSettings
 from stator.frontend.stream import DeltaStream, Write
 from stator.ids import RequestId
-from stator.messages.openai import ChatCompletionRequest, CompletionRequest, ModelCard, Usage
+from stator.messages.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ModelCard,
+    Usage,
+    is_plain,
+    shows_prompt_only,
+)
 from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, CompletionDelta
-from stator.observability.metrics import OTHER, Metrics
+from stator.observability.metrics import OTHER, Metrics, Tally
 from stator.runtime.context import CallContext
 from stator.transport.base import Target, TransportClient
 
@@ -30,6 +38,8 @@ CARRIED_HEADERS = {name.encode("ascii"): name for name in ("traceparent", "trace
 
 MAX_CARRIED_HEADER_BYTES = 512
 CLIENT_CLOSED_STATUS = 499
+
+_PROCESSOR_LEFT = frozenset({ErrorCode.DRAINING, ErrorCode.INSTANCE_LOST, ErrorCode.STALE_INSTANCE})
 
 Request = ChatCompletionRequest | CompletionRequest
 Targets = Callable[[str], Sequence[Target]]
@@ -57,6 +67,16 @@ class _Record:
         self.status = error.info.status
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A request on its way to a Processor. latencies: where the times between its tokens are counted."""
+
+    request: Request
+    context: CallContext
+    latencies: Tally
+    loop: asyncio.AbstractEventLoop
+
+
 class Generation:
     """Serves both endpoints; owns the open requests.
 
@@ -82,7 +102,7 @@ class Generation:
         self._settings = settings
         self._wall = wall
         self._turn = rng.getrandbits(16)
-        self._streams: set[DeltaStream] = set()
+        self._streams: dict[DeltaStream, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._num_open: dict[str, int] = {}
         self._none_open = asyncio.Event()
@@ -154,28 +174,43 @@ class Generation:
         self._admit()
         body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
         request = decode_request(endpoint, body)
+        if logger.isEnabledFor(logging.DEBUG) and (ignored := undeclared_fields(request, body)):
+            logger.debug("request %s: fields that are not known are ignored: %r", http.call_id, ignored)
         record.model = self._label(request.model)
         record.streamed = bool(request.stream)
         context = self._context(http, record.started)
         latencies = self._metrics.histogram("inter_token_latency_seconds", record.model, endpoint)
-        stream = DeltaStream(self._settings.max_buffered_deltas, latencies, loop)
-        stream.attach(
-            self._client.open(self._target(endpoint), request, stream, context=context, item_type=CompletionDelta)
+        target = self._target(endpoint)
+        call = _Call(request, context, latencies, loop)
+        try:
+            await self._answer(http, call, target, record)
+        except StatorError as error:
+            other = self._target_after(error, endpoint, target) if record.first_token_at is None else None
+            if other is None:
+                raise
+            logger.warning("request %s goes to another Processor: %s", http.call_id, error.message)
+            await self._answer(http, call, other, record)
+
+    async def _answer(self, http: HttpExchange, call: "_Call", target: Target, record: _Record) -> None:
+        settings = self._settings
+        stream = DeltaStream(
+            settings.max_buffered_deltas, call.latencies, call.loop, max_paused_s=settings.slow_reader_timeout_s
         )
-        self._streams.add(stream)
+        stream.attach(self._client.open(target, call.request, stream, context=call.context, item_type=CompletionDelta))
+        self._streams[stream] = None
         watcher: asyncio.Task[None] | None = None
         if http.pipe is not None:
             http.pipe.on_leave(stream.client_gone)
         else:
-            watcher = loop.create_task(_watch_disconnect(http.receive, stream))
+            watcher = call.loop.create_task(_watch_disconnect(http.receive, stream))
         try:
-            if request.stream:
-                await self._answer_stream(http, request, stream, record)
+            if call.request.stream:
+                await self._answer_stream(http, call.request, stream, record)
             else:
-                await self._answer_whole(http, request, stream, record)
+                await self._answer_whole(http, call.request, stream, record)
         finally:
             stream.close()
-            self._streams.discard(stream)
+            self._streams.pop(stream, None)
             record.num_tokens = stream.num_tokens
             record.first_token_at = stream.first_token_at
             if http.pipe is not None:
@@ -196,6 +231,13 @@ class Generation:
             raise StatorError(ErrorCode.NO_INSTANCE, "No Processor is ready to take the request.", retry_after_s=1.0)
         self._turn += 1
         return targets[self._turn % len(targets)]
+
+    def _target_after(self, error: StatorError, endpoint: str, failed: Target) -> Target | None:
+        """Another Processor, if the first one left before it had answered anything."""
+        if error.code not in _PROCESSOR_LEFT or self.draining:
+            return None
+        others = [target for target in self._targets(endpoint) if target.instance_id != failed.instance_id]
+        return others[self._turn % len(others)] if others else None
 
     def _context(self, http: HttpExchange, started: float) -> CallContext:
         headers: dict[str, str] = {}
@@ -222,17 +264,19 @@ class Generation:
 
     async def _answer_stream(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
         options = request.stream_options
-        encoder = ChunkEncoder(
-            record.endpoint,
-            http.call_id,
-            request.model,
-            int(self._wall()),
-            include_usage=options is not None and options.include_usage,
-        )
+        plain, created = is_plain(request), int(self._wall())
+        encoder: ChunkEncoder | DetailedEncoder
+        if plain:
+            usage = options is not None and options.include_usage
+            encoder = ChunkEncoder(record.endpoint, http.call_id, request.model, created, include_usage=usage)
+        else:
+            encoder = DetailedEncoder(record.endpoint, http.call_id, request, created)
         deltas = await stream.batch()
         if not deltas:
             raise _unfinished()
         last = deltas[-1]
+        if last.ending is not None and plain:
+            _usage(last)
         await http.start_events(encoder.opening() + encoder.encode(deltas), _explanation(deltas[0]))
         events = b""
         write = None if http.pipe is None else _writer(encoder, http.pipe)
@@ -244,10 +288,13 @@ class Generation:
             if deltas:
                 last = deltas[-1]
                 events = encoder.encode(deltas)
-        _finish(record, last)
+        _finish(record, last, may_be_empty=shows_prompt_only(request))
         await http.finish_events(events + DONE)
 
     async def _answer_whole(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
+        if not is_plain(request):
+            await self._answer_whole_detailed(http, request, stream, record)
+            return
         texts: list[str] = []
         last = CompletionDelta()
         explanation: Headers = ()
@@ -261,6 +308,19 @@ class Generation:
             record.endpoint, http.call_id, request.model, int(self._wall()), texts, record.ending.value, usage
         )
         await http.respond(200, body, headers=explanation)
+
+    async def _answer_whole_detailed(
+        self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record
+    ) -> None:
+        answer = DetailedAnswer(record.endpoint, http.call_id, request, int(self._wall()))
+        last, explanation = CompletionDelta(), None
+        while deltas := await stream.batch():
+            if explanation is None:
+                explanation = _explanation(deltas[0])
+            answer.add(deltas)
+            last = deltas[-1]
+        usage = _finish(record, last, may_be_empty=shows_prompt_only(request))
+        await http.respond(200, answer.encode(usage), headers=explanation or ())
 
     def _account(self, http: HttpExchange, record: _Record, now: float) -> None:
         metrics, labels = self._metrics, (record.model, record.endpoint)
@@ -307,7 +367,7 @@ def _explanation(first: CompletionDelta) -> Headers:
     )
 
 
-def _writer(encoder: ChunkEncoder, pipe: Pipe) -> Write:
+def _writer(encoder: ChunkEncoder | DetailedEncoder, pipe: Pipe) -> Write:
     """From the sink to the socket without a task in between."""
 
     def write(deltas: Sequence[CompletionDelta]) -> bool:
@@ -327,15 +387,22 @@ async def _watch_disconnect(receive: Receive, stream: DeltaStream) -> None:
 
 
 def _unfinished() -> StatorError:
-    logger.error("a Processor ended a stream without saying how it ended")
+    logger.error("a Processor ended a stream without saying how it ended, or without a token")
     return internal_error()
 
 
-def _finish(record: _Record, last: CompletionDelta) -> Usage:
+def _finish(record: _Record, last: CompletionDelta, *, may_be_empty: bool = False) -> Usage:
     """The usage of a stream that ended well. Raises INTERNAL if the Processor did not say how it ended."""
-    if last.ending is None or last.usage is None:
-        raise _unfinished()
+    usage = _usage(last, may_be_empty=may_be_empty)
+    assert last.ending is not None
     record.ending = last.ending
-    record.usage = last.usage
+    record.usage = usage
     record.status = 200
+    return usage
+
+
+def _usage(last: CompletionDelta, *, may_be_empty: bool = False) -> Usage:
+    """An ending without usage, or without a single token, is none: the client would get an empty 200."""
+    if last.ending is None or last.usage is None or not (last.usage.completion_tokens or may_be_empty):
+        raise _unfinished()
     return last.usage

@@ -158,6 +158,9 @@ class HttpExchange:
         seconds = retry_after_s(error)
         if seconds is not None:
             extra.append((b"retry-after", str(seconds).encode("ascii")))
+        if error.code is ErrorCode.POISON_REQUEST:
+            # Clients that repeat every 5xx by themselves would have it crash more engines; some of them heed this.
+            extra.append((b"x-should-retry", b"false"))
         if error.code in _CLOSES:
             extra.append((b"connection", b"close"))
         await self.respond(error.info.status, body, headers=extra)

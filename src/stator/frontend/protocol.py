@@ -19,6 +19,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     - a deadline and a size for a request's head; a deadline for a client that reads nothing
     - an answer that is running is told when its client leaves, also with another request queued behind it
     - bytes that are no HTTP, behind a request that is being answered, do not break into its answer
+    - an orderly end: see `hand_over`
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_begun = False
         self._num_head_bytes = 0
         self._refused = False
+        self._handed_over = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -67,6 +69,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._extensions.clear()
         super().connection_lost(exc)
         self._on_lost()
+
+    def hand_over(self, linger_s: float) -> None:
+        """Other processes take this client's next requests: say `connection: close` with each answer that begins from
+        now on, and close the connection once nothing came for linger_s.
+
+        Not at once, even if it is idle or when an answer that did not say so ends: a client may be sending its next
+        request already, and would see a reset.
+        """
+        self._handed_over = True
+        self.timeout_keep_alive = linger_s  # type: ignore[assignment]
+        cycle = self._running
+        if cycle is None:
+            self._idle_since = self.loop.time()
+        elif not cycle.response_started:
+            cycle.keep_alive = False
+        self._idle_timer = _cancel(self._idle_timer)
+        if self._idle_since is not None:
+            self._idle_since = self.loop.time()
+            self._idle_timer = self.loop.call_later(linger_s, self._check_idle)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -100,6 +121,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        if self._handed_over and not self.pipeline:
+            cycle.keep_alive = False
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:

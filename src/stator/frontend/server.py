@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from email.utils import formatdate
 from time import time
+from typing import Any, cast
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
@@ -23,8 +24,21 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 2.0
 """For answers that were cut short to be written, and for connections to close, before they are dropped."""
 
+LINGER_S = 1.0
+"""How long a connection that was handed over may be idle before it is closed."""
+
 GC_THRESHOLD = 10_000
 """Container objects made and not freed between two looks of the garbage collector at the young ones."""
+
+
+class _InOrder(dict[Any, None]):
+    """As much of a set as uvicorn needs, in the order of arrival: ending what is open is done in that order too."""
+
+    def add(self, item: Any) -> None:
+        self[item] = None
+
+    def discard(self, item: Any) -> None:
+        self.pop(item, None)
 
 
 class FrontendServer:
@@ -49,6 +63,8 @@ class FrontendServer:
         self._fd = fd
         self._settings = settings if settings is not None else ConnectionSettings()
         self._state = ServerState()
+        self._state.connections = _InOrder()  # type: ignore[assignment]
+        self._state.tasks = _InOrder()  # type: ignore[assignment]
         self._server: asyncio.Server | None = None
         self._addresses: tuple[tuple[str, int], ...] = ()
         self._date_timer: asyncio.TimerHandle | None = None
@@ -117,7 +133,12 @@ class FrontendServer:
         self._state.default_headers = [(b"date", formatdate(time(), usegmt=True).encode("ascii"))]
         self._date_timer = asyncio.get_running_loop().call_later(1.0, self._refresh_date)
 
-    async def drain(self, grace_s: float) -> bool:
+    @property
+    def num_open(self) -> int:
+        """Requests that are not answered."""
+        return self._app.generation.num_open
+
+    async def drain(self, grace_s: float | None = None) -> bool:
         """Refuse new requests, let open ones finish. True if all did within grace_s. Connections stay open, so that
         clients and load balancers learn why they are refused."""
         self._app.generation.drain()
@@ -125,9 +146,18 @@ class FrontendServer:
             async with asyncio.timeout(grace_s):
                 await self._app.generation.idle()
         except TimeoutError:
-            logger.warning("%d requests did not finish in %g s", self._app.generation.num_open, grace_s)
+            logger.warning("%d requests did not finish in %g s", self.num_open, grace_s)
             return False
         return True
+
+    async def hand_over(self) -> None:
+        """Accept no more, serve to the end whoever is connected, and return when nobody is. For a server whose
+        listening socket others accept from too: no client is refused, and none sees a reset."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._state.connections):
+            cast(BoundedHttpProtocol, connection).hand_over(LINGER_S)
+        await self._closed(None)
 
     async def stop(self) -> None:
         """Stop listening, end what is open (its clients are told), close every connection. Idempotent."""
@@ -155,8 +185,8 @@ class FrontendServer:
         if not self._state.connections:
             self._none_connected.set()
 
-    async def _closed(self, timeout_s: float) -> None:
-        """Wait until every connection is gone and every answer's task has ended, or timeout_s passed."""
+    async def _closed(self, timeout_s: float | None) -> None:
+        """Wait until every connection is gone and every answer's task has ended, or until timeout_s passed."""
         try:
             async with asyncio.timeout(timeout_s):
                 while self._state.connections:

@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from stator.errors import StatorError
+from stator.errors import ErrorCode, StatorError
 from stator.frontend.http import ClientGone
 from stator.messages.processor import CompletionDelta
 from stator.observability.metrics import Tally
 from stator.transport.base import StreamHandle
+
+MAX_PAUSED_S = 30.0
 
 Write = Callable[[Sequence[CompletionDelta]], bool]
 """Takes deltas on to the client at once, or returns False and has done nothing."""
@@ -16,8 +18,9 @@ Write = Callable[[Sequence[CompletionDelta]], bool]
 class DeltaStream:
     """A transport sink. One reader takes what waits with `batch`; while it waits there, deltas may bypass it.
 
-    While more than max_buffered deltas wait, the sender is paused; taking them resumes it. Times are on the loop's
-    clock. num_tokens counts what arrived, whether or not the client got it.
+    While more than max_buffered deltas wait, the sender is paused; taking them resumes it. A stream from which nothing
+    is taken for max_paused_s while it is paused fails with SLOW_READER: what makes its tokens is needed for others.
+    Times are on the loop's clock. num_tokens counts what arrived, whether or not the client got it.
     """
 
     __slots__ = (
@@ -28,9 +31,11 @@ class DeltaStream:
         "_last_at",
         "_loop",
         "_max_buffered",
+        "_max_paused_s",
         "_paused",
         "_pending",
         "_now",
+        "_slow_timer",
         "_waiter",
         "_write",
         "first_token_at",
@@ -38,7 +43,14 @@ class DeltaStream:
         "num_tokens",
     )
 
-    def __init__(self, max_buffered: int, latencies: Tally, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        max_buffered: int,
+        latencies: Tally,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        max_paused_s: float = MAX_PAUSED_S,
+    ) -> None:
         """latencies: where the times between tokens are counted. loop: the running one."""
         self._max_buffered = max_buffered
         self._pending: list[CompletionDelta] = []
@@ -48,6 +60,8 @@ class DeltaStream:
         self._write: Write | None = None
         self._handle: StreamHandle | None = None
         self._paused = False
+        self._max_paused_s = max_paused_s
+        self._slow_timer: asyncio.TimerHandle | None = None
         self._ended = False
         self._error: StatorError | None = None
         self._client_gone = False
@@ -71,6 +85,25 @@ class DeltaStream:
         if not self._paused and len(self._pending) > self._max_buffered and self._handle is not None:
             self._paused = True
             self._handle.pause()
+            self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """From now on; what was taken before is no merit."""
+        if self._slow_timer is not None:
+            self._slow_timer.cancel()
+            self._slow_timer = None
+        if self._paused and not self._ended:
+            self._slow_timer = self._loop.call_later(self._max_paused_s, self._too_slow)
+
+    def _too_slow(self) -> None:
+        self._slow_timer = None
+        self.fail(
+            StatorError(
+                ErrorCode.SLOW_READER,
+                f"The client took nothing of this answer for {self._max_paused_s:g} s while more was ready; read "
+                "faster, or ask without streaming.",
+            )
+        )
 
     def _observe(self, num_tokens: int) -> None:
         if not num_tokens:
@@ -88,6 +121,7 @@ class DeltaStream:
             self._ended = True
             self._error = error
             self._handle = None
+            self._watch_reader()
             self._wake()
 
     def client_gone(self) -> None:
@@ -107,6 +141,7 @@ class DeltaStream:
         """Cancel the call unless it has ended. Idempotent."""
         if not self._ended:
             self._ended = True
+            self._watch_reader()
             handle, self._handle = self._handle, None
             if handle is not None:
                 handle.cancel()
@@ -125,6 +160,7 @@ class DeltaStream:
         while not self._pending and not self._ended:
             if self._paused and self._handle is not None:
                 self._paused = False
+                self._watch_reader()
                 self._handle.resume()
             self._write = write
             self._waiter = self._loop.create_future()
@@ -136,6 +172,8 @@ class DeltaStream:
             raise ClientGone
         if self._pending:
             taken, self._pending = self._pending, []
+            if self._paused:
+                self._watch_reader()
             return taken
         if self._error is not None:
             raise self._error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from stator.config.external import ExternalPlanes
 from stator.graph.graph import Graph
 from stator.graph.network import is_wildcard, url_host
 from stator.graph.protocol import Serving
@@ -49,11 +50,13 @@ def join_lines(
     return lines
 
 
-def join_command(spec: ServiceSpec, directory: str, config: str, head: tuple[str, int], namespace: str) -> str:
-    """What starts the service alone on another node. config: where this one's is from, as messages name it."""
+def join_command(spec: ServiceSpec, directory: str, config: str, head: tuple[str, int] | None, namespace: str) -> str:
+    """What starts the service alone on another node. config: where this one's is from, as messages name it.
+
+    head: None where etcd and NATS are named by the environment, as they are here."""
     command = ["stator", "serve", component_target(spec, Path(directory))]
     command += ["-f", config] if (Path(directory) / config).is_file() else []
-    command += ["--join", f"{url_host(head[0])}:{head[1]}"]
+    command += [] if head is None else ["--join", f"{url_host(head[0])}:{head[1]}"]
     command += [] if namespace == DEFAULT_NAMESPACE else ["--namespace", namespace]
     return shlex.join(command)
 
@@ -85,6 +88,23 @@ def format_join(lines: Sequence[JoinLine], head: tuple[str, int], namespace: str
         for line in lines
     ]
     return "\n".join([*text, f"  Another node needs the token: {token_place}"])
+
+
+def format_exports(lines: Sequence[JoinLine], external: ExternalPlanes, namespace: str) -> str:
+    """As `format_join`, for nodes that find each other through etcd and NATS. Nothing secret is shown."""
+    export = shlex.join(
+        [
+            "export",
+            f"NATS_SERVER={','.join(external.nats.servers)}",
+            f"ETCD_ENDPOINTS={','.join(external.etcd.endpoints)}",
+        ]
+    )
+    extra = [] if namespace == DEFAULT_NAMESPACE else ["--namespace", namespace]
+    text = [f"  Other nodes find this deployment by (with addresses that they reach):\n    {export}"]
+    if external.secured:
+        text.append("  and the NATS_AUTH_* and ETCD_AUTH_* that are set here.")
+    text += [f"  One more {line.what}:\n    {shlex.join([*line.command, *extra])}" for line in lines]
+    return "\n".join(text)
 
 
 def format_serving(serving: Serving, advertise: str) -> str:

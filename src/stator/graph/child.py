@@ -12,19 +12,22 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import NoReturn
 from uuid import uuid4
 
 import msgspec
 
+from stator.config import environment
 from stator.errors import ConfigError
 from stator.graph.graph import build_graph
-from stator.graph.planes import hub_planes
+from stator.graph.planes import Planes, open_planes
 from stator.graph.process import ServiceProcess, describe_failure
 from stator.graph.protocol import ChildSpec, ExitCode, Failed, Report
 from stator.graph.targets import load_target
 from stator.ids import InstanceId
-from stator.observability.logs import setup_logging
+from stator.observability.logs import BackgroundHandler, setup_logging, write_to_stderr
 from stator.runtime.loop import run_loop
 from stator.transport.settings import Identity
 
@@ -87,10 +90,33 @@ class StatusPipe:
 
 async def _run(spec: ChildSpec, report: StatusPipe) -> ExitCode:
     graph = build_graph(load_target(spec.target, Path(spec.directory)))
-    identity = Identity(spec.namespace, InstanceId(f"{spec.label}-{uuid4().hex[:12]}"), spec.services[0], spec.token)
-    process = ServiceProcess(spec, graph, lambda: hub_planes(identity, spec.hub), report)
+    instance_id = InstanceId(f"{spec.label}-{uuid4().hex[:12]}")
+    identity = Identity(spec.namespace, instance_id, spec.services[0], spec.token, environment.tls())
+
+    def connect() -> Planes:
+        return open_planes(identity, spec.hub, spec.external)
+
+    process = ServiceProcess(spec, graph, connect, report, clock=time.monotonic)
+
+    def go_on(_signal: int, _frame: object) -> None:
+        process.resumed()
+
+    # Not a handler of the loop: this one runs before any callback that has become ready meanwhile.
+    signal.signal(signal.SIGCONT, go_on)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, process.request_stop)
-    return await process.run()
+    code = await process.run()
+    if process.left_behind:
+        _exit_now(code)
+    return code
+
+
+def _exit_now(code: ExitCode) -> NoReturn:
+    """Without waiting for threads: one of them is in a computation that may never end."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> ExitCode:
@@ -105,7 +131,7 @@ def main() -> ExitCode:
     os.close(null)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     report = StatusPipe(spec.status_fd)
-    setup_logging(spec.services[0], str(spec.index), prefixed=True)
+    setup_logging(spec.services[0], str(spec.index), prefixed=True, handler=BackgroundHandler(write_to_stderr))
     try:
         return run_loop(_run(spec, report))
     except ConfigError as error:

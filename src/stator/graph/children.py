@@ -12,7 +12,7 @@ import msgspec
 
 from stator.config.schema import ServiceArgs
 from stator.errors import ConfigError
-from stator.graph.protocol import ChildSpec, Failed, Ready, Report
+from stator.graph.protocol import Announcing, ChildSpec, Failed, Hung, Ready, Report
 from stator.runtime.context import loop_time
 from stator.runtime.tasks import TaskOwner
 
@@ -47,20 +47,28 @@ class LineSplitter:
 
 
 class Child:
-    """A started process. Its pipes are read until they end; `wait` returns after that."""
+    """A started process. Its pipes are read until they end; `wait` returns after that.
+
+    failure, hung: what it reported. succeeded: set when another has taken its place.
+    """
 
     def __init__(
         self,
         spec: ChildSpec,
         process: asyncio.subprocess.Process,
-        on_report: Callable[[Report], None],
+        on_report: Callable[["Child", Report], None],
     ) -> None:
         self.spec = spec
         self.failure: Failed | None = None
+        self.hung: Hung | None = None
+        self.keys: tuple[str, ...] = ()
+        self.succeeded = asyncio.Event()
         self._process = process
         self._on_report = on_report
         self._ready_at: float | None = None
+        self._decided = asyncio.Event()
         self._tasks = TaskOwner(spec.label)
+        self._end = TaskOwner(f"end of {spec.label}")
         self._gone = False
 
     @property
@@ -77,6 +85,7 @@ class Child:
             self._tasks.spawn(_pump(self._process.stderr, stderr), "stderr"),
             self._tasks.spawn(_pump(status, self._report), "status"),
         ]
+        self._ended = self._end.spawn(self._finish(), "wait")
 
     def _report(self, line: bytes) -> None:
         try:
@@ -86,14 +95,32 @@ class Child:
             return
         if isinstance(report, Ready):
             self._ready_at = loop_time()
+            self._decided.set()
         elif isinstance(report, Failed):
             self.failure = report
-        self._on_report(report)
+        elif isinstance(report, Hung):
+            self.hung = report
+        elif isinstance(report, Announcing):
+            self.keys = report.keys
+        self._on_report(self, report)
+
+    async def ready_within(self, seconds: float) -> bool:
+        """False if it ended or took longer."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._decided.wait()
+        except TimeoutError:
+            return False
+        return self._ready_at is not None and not self._gone
 
     async def wait(self) -> int:
         """The exit code, negative for a signal; no process of its group is left, and every line was read."""
+        return await asyncio.shield(self._ended)
+
+    async def _finish(self) -> int:
         code = await self._process.wait()
         self._gone = True
+        self._decided.set()
         self._signal_group(signal.SIGKILL)
         await asyncio.gather(*self._pumps)
         await self._tasks.close()
@@ -122,7 +149,7 @@ class Child:
 async def start_child(
     spec: ChildSpec,
     args: ServiceArgs,
-    on_report: Callable[[Report], None],
+    on_report: Callable[[Child, Report], None],
     stdout: LineSink,
     stderr: LineSink,
     *,

@@ -1,7 +1,9 @@
 """What a running service is given: its identity, its configuration and the planes."""
 
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 from stator.discovery.base import Discovery, Lease
@@ -10,7 +12,9 @@ from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo
 from stator.messages.instances import InstanceInfo, InstanceState
 from stator.queue.base import JobQueue
+from stator.runtime.context import Clocks
 from stator.runtime.directory import InstanceDirectory
+from stator.runtime.settings import LiveSettings
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import TransportClient, TransportServer
 from stator.transport.inprocess import InProcessNetwork
@@ -32,10 +36,13 @@ class ServiceContext:
     host: that peers reach this process at. config: the section's options, as `@service(config=...)` or the built-in
     schema declares them, else a dict.
     process, copies: which one of how many processes of this service on this node, from 1. listen_fd: a bound socket
-    for clients that the copies share; None if there is one, which opens its own.
-    join_command: starts this service on one more node.
+    for clients, of the supervisor, which the copies and their successors share; None for one that opens its own.
+    join_command: starts this service on one more node. stalls: of this process's predecessors.
+    settings: of the deployment, which the process follows. origins: where each option of config was written.
+    handed_over: set before the on_drain hooks run: others accept clients from the socket, now or soon.
     client, discovery, lease, directory and network are shared by the services of one process; server, instance_id and
     tasks are this instance's own. tasks are cancelled after the on_stop hooks.
+    rng: this instance's source of randomness. clocks: what time it is for people; intervals are the event loop's.
     """
 
     service: str
@@ -50,20 +57,35 @@ class ServiceContext:
     directory: InstanceDirectory
     network: InProcessNetwork
     tasks: TaskOwner
+    rng: Random
+    settings: LiveSettings
     open_queue: Callable[[str], JobQueue] = field(repr=False)
     on_fail: Callable[[str], None] = field(repr=False)
     on_leave: Callable[[str], None] = field(repr=False)
     on_serving: Callable[[Serving], None] = field(repr=False)
+    on_stalled: Callable[[str], None] = field(repr=False)
     fields: InfoFields
+    origins: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    clocks: Clocks = time
     process: int = 1
     copies: int = 1
     listen_fd: int | None = None
     join_command: str = ""
+    stalls: int = 0
+    handed_over: bool = False
+    num_open: Callable[[], int] = field(default=lambda: 0, repr=False)
     stop_following: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
 
     def queue(self, name: str) -> JobQueue:
         """The deployment's queue of that name; the same object for the same name. Closed with the process."""
         return self.open_queue(name)
+
+    def follow_setting(self, name: str, option: str, apply: Callable[[Any], None]) -> None:
+        """Have a setting of the deployment (`core.settings`) applied here, now and whenever it changes.
+
+        option: of this service's section, which counts while the setting is not set. apply: given each new value, and
+        before this returns if it is not what is configured; must not raise."""
+        self.settings.follow(name, getattr(self.config, option), self.origins.get(option, "default"), apply)
 
     def info_fields(
         self, *, model: str | None = None, engine: EngineInfo | None = None, role: str | None = None
@@ -85,6 +107,15 @@ class ServiceContext:
         """What this instance was part of is gone, through no fault of its own: as `fail`, but it does not count as a
         failure of this process."""
         self.on_leave(f"{self.service}: {reason}")
+
+    def stalled(self, reason: str) -> None:
+        """The engine makes no progress and may never answer again: leave discovery and end all calls at once, so that
+        they go on elsewhere; then stop, however little of the engine can be stopped, and be started again."""
+        self.on_stalled(f"{self.service}: {reason}")
+
+    def counts_open(self, num_open: Callable[[], int]) -> None:
+        """Call it in an on_start hook: how a drain tells how much there still is to finish."""
+        self.num_open = num_open
 
     def follow(self, on_stop: Callable[[], Awaitable[None]]) -> None:
         """Call it in an on_start hook: this process works for another instance. It is not announced, takes no calls,

@@ -8,7 +8,7 @@ from typing import Any
 
 from stator.graph.context import ServiceContext
 from stator.graph.service import EndpointSpec, EndpointStyle, ServiceSpec
-from stator.messages.instances import InstanceState
+from stator.messages.instances import DRAIN_ENDPOINT, STATUS_ENDPOINT, InstanceState
 from stator.runtime.context import CallContext
 from stator.runtime.directory import register_instance
 from stator.transport import calls
@@ -51,7 +51,7 @@ class RunningService:
         context = self.context
         if context.stop_following is not None:
             return
-        names = tuple(endpoint.name for endpoint in self.spec.endpoints)
+        names = (*(endpoint.name for endpoint in self.spec.endpoints), DRAIN_ENDPOINT, STATUS_ENDPOINT)
         await register_instance(context.discovery, context.lease, context.info(state, endpoints=names, pid=pid))
 
     async def drain(self) -> None:

@@ -4,16 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
 from stator.config import environment
 from stator.config.decode import Errors, kebab, lookup
+from stator.config.external import DEFAULT_ETCD_PORT, ExternalPlanes
 from stator.config.load import Configuration, Section, decode_section, ignored_flags, load_configuration, raise_all
 from stator.config.schema import SERVICE_ARGS, FrontendConfig, WorkerConfig
 from stator.config.tree import Node as TreeNode
 from stator.engines.environments import resolve_python
-from stator.engines.registry import check_installed, engine_names
+from stator.engines.registry import check_installed
 from stator.errors import ConfigError
 from stator.graph import banner, network, token
 from stator.graph.fit import SectionFit, fit_sections, refuse_misfits, warnings_of
@@ -53,8 +55,8 @@ class ServeOptions:
 class Node:
     """Everything that was checked. inventory: None if nobody asks for GPUs. notices: to be told once.
 
-    head: of the deployment that is joined. refusal: why a start would stop here, though a plan can be made.
-    fits: of the sections with a vLLM worker.
+    head: of the deployment that is joined. external: etcd and NATS, in place of any hub.
+    refusal: why a start would stop here, though a plan can be made. fits: of the sections with a vLLM worker.
     """
 
     options: ServeOptions
@@ -64,6 +66,7 @@ class Node:
     plans: list[ProcessPlan]
     inventory: Inventory | None
     head: tuple[str, int] | None
+    external: ExternalPlanes | None
     advertise: str
     port_range: tuple[int, int] | None
     notices: tuple[str, ...]
@@ -72,7 +75,7 @@ class Node:
 
     @property
     def is_head(self) -> bool:
-        return self.head is None and not self.graph.is_component
+        return self.head is None and self.external is None and not self.graph.is_component
 
     def role(self, service: str) -> str:
         return self.graph.services[service].role
@@ -82,10 +85,11 @@ class Node:
         return any(self.graph.services[plan.services[0]].colocate or plan.args.workers > 1 for plan in self.plans)
 
     def shared_listeners(self) -> list[str]:
-        """Frontends with several processes, which accept clients from one socket."""
+        """Frontends: their processes accept clients from a socket of the supervisor, so that one can take another's
+        place, or be away for a moment, with nobody refused."""
         return [
             name
-            for name in dict.fromkeys(plan.services[0] for plan in self.plans if plan.args.workers > 1)
+            for name in dict.fromkeys(plan.services[0] for plan in self.plans)
             if self.role(name) == FRONTEND and isinstance(self.sections[name].config, FrontendConfig)
         ]
 
@@ -97,15 +101,12 @@ def prepare(options: ServeOptions, *, for_start: bool) -> Node:
     """
     token.check_namespace(options.namespace)
     graph = build_graph(load_target(options.target, options.directory))
-    refusal, told = _control_plane(options, graph)
+    external, refusal, told = _control_plane(options, graph)
     if for_start:
         _refuse(refusal)
     configuration, sections, notices = _sections(options, graph)
-    refusal = refusal or _missing_engine(configuration, sections)
-    if for_start:
-        _refuse(refusal)
     head = None if options.join is None else network.parse_host_port(options.join, DEFAULT_HUB_PORT, "--join")
-    advertise = network.advertised_address(options.host, options.advertise, head)
+    advertise = network.advertised_address(options.host, options.advertise, head or _store(external))
     port_range = None if options.port_range is None else network.parse_port_range(options.port_range)
     plans = plan_processes(graph, sections)
     if not plans:
@@ -126,9 +127,17 @@ def prepare(options: ServeOptions, *, for_start: bool) -> Node:
         refuse_misfits(fits)
         told += warnings_of(fits)
     return Node(
-        options, graph, configuration, sections, plans, inventory, head, advertise, port_range, tuple(told),
+        options, graph, configuration, sections, plans, inventory, head, external, advertise, port_range, tuple(told),
         refusal, fits,
     )  # fmt: skip
+
+
+def _store(external: ExternalPlanes | None) -> tuple[str, int] | None:
+    """Where others are looked for: this node is reached at the address that leads there."""
+    if external is None:
+        return None
+    url = urlsplit(external.etcd.endpoints[0])
+    return url.hostname or "", url.port or DEFAULT_ETCD_PORT
 
 
 def _refuse(reason: str | None) -> None:
@@ -175,12 +184,22 @@ def _sections(options: ServeOptions, graph: Graph) -> tuple[Configuration, dict[
     for name, spec in graph.services.items():
         section = decode_section(name, spec.config_type, configuration, errors, notices)
         if section is not None:
-            sections[name] = section
             check_gpus(name, section, configuration, errors)
+            sections[name] = _without_simulated_gpus(name, section, notices)
     raise_all(errors)
     if (ignored := ignored_flags(sections)) is not None:
         notices.append(ignored)
     return configuration, sections, list(dict.fromkeys(notices))
+
+
+def _without_simulated_gpus(name: str, section: Section, notices: list[str]) -> Section:
+    """A file for GPU nodes can be simulated on a machine without any."""
+    config, resources = section.config, section.args.resources
+    if not isinstance(config, WorkerConfig) or config.engine != "sim" or resources.gpu == 0:
+        return section
+    notices.append(f"{name} is simulated: its ServiceArgs.resources.gpu ({resources.gpu:g}) is ignored")
+    args = msgspec.structs.replace(section.args, resources=msgspec.structs.replace(resources, gpu=0))
+    return replace(section, args=args)
 
 
 def check_gpus(name: str, section: Section, configuration: Configuration, errors: Errors) -> None:
@@ -243,50 +262,21 @@ def _left_without_gpus(sections: dict[str, Section], plans: Sequence[ProcessPlan
     ]
 
 
-def _missing_engine(configuration: Configuration, sections: dict[str, Section]) -> str | None:
-    """Why a worker of this node cannot be started, if so."""
-    for name, section in sections.items():
-        config = section.config
-        if not isinstance(config, WorkerConfig) or section.args.workers == 0 or config.engine in engine_names():
-            continue
-        node = configuration.sections.get(name)
-        written = (node.children or {}).get("engine") if node is not None else None
-        where = f"{written.origin}: " if written is not None else ""
-        default = "" if written is not None else " (the default)"
-        return (
-            f"{where}{name}.engine is {config.engine}{default}: the {_title(config.engine)} engine comes with a later "
-            f"version of Stator; this one has {', '.join(engine_names())} (--{name}.engine=local runs small models on "
-            f"CPUs, and --dry-run shows the plan for {config.engine})"
-        )
-    return None
-
-
-def _title(engine: str) -> str:
-    return "vLLM" if engine == "vllm" else engine
-
-
-def _control_plane(options: ServeOptions, graph: Graph) -> tuple[str | None, list[str]]:
-    """Why the node could not be started, if so, and what to tell otherwise."""
+def _control_plane(options: ServeOptions, graph: Graph) -> tuple[ExternalPlanes | None, str | None, list[str]]:
+    """etcd and NATS, if the node uses them; why it could not be started, if so; and what to tell otherwise."""
+    try:
+        external = environment.external_control_plane()
+    except ConfigError as error:
+        return None, None if options.join is not None else str(error), []
     if options.join is not None:
-        return None, []
-    values = dict(zip(("NATS_SERVER", "ETCD_ENDPOINTS"), environment.external_control_plane(), strict=True))
-    present = [name for name, value in values.items() if value]
-    missing = [name for name, value in values.items() if not value]
-    later = "NATS and etcd as external services come with a later version"
-    if not graph.is_component:
-        told = f"{' and '.join(present)} not used: {later}; this head runs its own hub"
-        return None, [told] if present else []
-    name = graph.root.name
-    joins = f"{name} is a component target: it joins a running deployment and starts only itself"
-    if not missing:
-        return f"{joins}. {later}; give --join HEAD:{DEFAULT_HUB_PORT} (the head prints the line)", []
-    if present:
-        return (
-            f"{joins}. {present[0]} is set, but {missing[0]} is not: set both, or give --join HEAD:{DEFAULT_HUB_PORT}",
-            [],
-        )
+        told = [f"{external.shown} not used: --join names the hub of {options.join}"] if external is not None else []
+        return None, None, told
+    if external is not None or not graph.is_component:
+        return external, None, []
     return (
-        f"{joins}. Give --join HEAD:{DEFAULT_HUB_PORT} (the head prints the line), or set NATS_SERVER and "
-        f"ETCD_ENDPOINTS; to start a deployment here, serve a graph, for instance graphs.agg_router:Frontend",
+        None,
+        f"{graph.root.name} is a component target: it joins a running deployment and starts only itself. "
+        f"Give --join HEAD:{DEFAULT_HUB_PORT} (the head prints the line), or set NATS_SERVER and ETCD_ENDPOINTS; "
+        f"to start a deployment here, serve a graph, for instance graphs.agg_router:Frontend",
         [],
     )

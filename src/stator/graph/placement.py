@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from stator.config.load import Section
-from stator.config.schema import Resources, ServiceArgs
+from stator.config.schema import FrontendConfig, Resources, ServiceArgs
 from stator.errors import ConfigError
 from stator.graph.gpus import Gpu, GpuRequest, allocate
 from stator.graph.graph import Graph
@@ -14,6 +14,7 @@ from stator.graph.service import ServiceSpec
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 FRONTEND = "frontend"
+PROCESSOR = "processor"
 ROUTER = "router"
 
 
@@ -22,7 +23,8 @@ class ProcessPlan:
     """services: consumers before those they call; the first one gives the process its name.
 
     index: counts the copies, from 1. stage: processes of a lower stage are drained before those of a higher one.
-    args: of all its services together. gpus, environment: what `equip` gave it, `args.envs` included.
+    args: of all its services together. gpus, environment: what `equip` gave it, `args.envs` included. overlaps: two
+    of them may run side by side while one takes the place of the other.
     """
 
     services: tuple[str, ...]
@@ -31,6 +33,7 @@ class ProcessPlan:
     args: ServiceArgs
     gpus: tuple[Gpu, ...] = ()
     environment: dict[str, str] = field(default_factory=dict[str, str])
+    overlaps: bool = False
 
     @property
     def label(self) -> str:
@@ -56,8 +59,17 @@ def plan_processes(graph: Graph, sections: Mapping[str, Section]) -> list[Proces
     plans: list[ProcessPlan] = []
     for stage, services in enumerate(groups.values()):
         args = _together(services, sections)
-        plans.extend(ProcessPlan(tuple(services), index, stage, args) for index in range(1, args.workers + 1))
+        overlaps = all(_overlaps(graph.services[name], sections[name]) for name in services) and not args.resources.gpu
+        plans.extend(
+            ProcessPlan(tuple(services), index, stage, args, overlaps=overlaps) for index in range(1, args.workers + 1)
+        )
     return plans
+
+
+def _overlaps(spec: ServiceSpec, section: Section) -> bool:
+    """Services that hold little, and no address of their own: a frontend accepts from the supervisor's socket. Of other
+    services nobody knows; of workers, a second one has no room."""
+    return isinstance(section.config, FrontendConfig) if spec.role == FRONTEND else spec.role in (PROCESSOR, ROUTER)
 
 
 def equip(plans: Sequence[ProcessPlan], gpus: Sequence[Gpu], source: str = "") -> list[ProcessPlan]:
@@ -76,6 +88,7 @@ def equip(plans: Sequence[ProcessPlan], gpus: Sequence[Gpu], source: str = "") -
             plan.args,
             given[plan.label],
             _environment(plan.args, given[plan.label] if some else None),
+            plan.overlaps,
         )
         for plan in plans
     ]

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from stator.config.decode import lookup
+from stator.config.external import ExternalPlanes
 from stator.config.provenance import DEFAULT, Option, hide, options_of
 from stator.config.schema import FrontendConfig, WorkerConfig
 from stator.graph import banner, gpus, network
@@ -14,7 +15,7 @@ from stator.graph.fit import SectionFit, refusal_of
 from stator.graph.fit_text import fit_lines
 from stator.graph.node import Node, ServeOptions, prepare
 from stator.graph.placement import ProcessPlan
-from stator.graph.token import find_token
+from stator.graph.token import find_given_token, find_token
 
 
 class ServicePlan(msgspec.Struct, frozen=True):
@@ -69,7 +70,7 @@ def make_plan(options: ServeOptions) -> Plan:
         processes=[_process(node, plan, shared) for plan in node.plans],
         services=[_service(node, name) for name in node.graph.services],
         fits=list(node.fits),
-        notices=[*node.notices, *_token_notices(options)],
+        notices=[*node.notices, *_token_notices(options, node.external)],
         refusal=node.refusal or refusal_of(node.fits),
     )
 
@@ -78,6 +79,8 @@ def _control_plane(node: Node) -> str:
     options = node.options
     if node.head is not None:
         return f"joins the head at {network.url_host(node.head[0])}:{node.head[1]}"
+    if node.external is not None:
+        return f"{node.external.shown} (no hub is started)"
     if not node.is_head:
         return "joins a head, which --join names"
     host = options.hub_host or options.host
@@ -91,7 +94,10 @@ def _gpus(node: Node) -> str:
     return f"{gpus.describe(node.inventory.gpus)} ({node.inventory.source})"
 
 
-def _token_notices(options: ServeOptions) -> list[str]:
+def _token_notices(options: ServeOptions, external: ExternalPlanes | None) -> list[str]:
+    if external is not None:
+        given = find_given_token(options.token_file) is not None
+        return [] if given else ["the token is in etcd; the first node to start makes it"]
     if find_token(options.namespace, options.token_file) is not None:
         return []
     if options.join is not None:
@@ -118,7 +124,9 @@ def _addresses(node: Node, plan: ProcessPlan, shared: Sequence[str]) -> list[str
         config = node.sections[name].config
         if isinstance(config, FrontendConfig):
             port = "a free port" if config.port == 0 else str(config.port)
-            note = f" (one socket for {plan.args.workers} processes)" if name in shared else ""
+            note = (
+                f" (one socket for {plan.args.workers} processes)" if name in shared and plan.args.workers > 1 else ""
+            )
             addresses.append(f"HTTP on {network.url_host(config.host)}:{port}{note}")
     if len(plan.services) > 1:
         addresses.append(f"in process: {', '.join(plan.services)}")

@@ -2,7 +2,8 @@
 
 States: up to `max_quick_failures` ends in a row that are quick (before the process was ready, or soon after) are
 answered by a start after a doubling delay; one more and the policy gives up. A process that ran well for a while
-starts again with the shortest delay, and so does one that fenced itself: it did what it should.
+starts again with the shortest delay, and so does one that fenced itself, or whose engine stalled: it did what it
+should, and a stall takes its time. One that was drained in order to be started again starts at once.
 """
 
 from dataclasses import dataclass
@@ -26,14 +27,16 @@ class RestartPolicy:
         self.num_quick_failures = 0
 
     def ended(self, exit_code: int, ready_for_s: float | None) -> float | None:
-        """Seconds until the next start; None to give up.
+        """Seconds until the next start; None if there is none.
 
         exit_code: negative for a signal. ready_for_s: how long the process was ready, None if it never was.
         """
         limits = self._limits
-        if exit_code == ExitCode.CONFIG:
+        if exit_code in (ExitCode.CONFIG, ExitCode.DRAINED):
             return None
-        if exit_code == ExitCode.FENCED:
+        if exit_code == ExitCode.RESTART:
+            return 0.0
+        if exit_code in (ExitCode.FENCED, ExitCode.STALLED):
             return limits.first_delay_s
         if ready_for_s is not None and ready_for_s >= limits.quick_s:
             self.num_quick_failures = 0

@@ -4,30 +4,32 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
 from stator.config import environment
+from stator.config.external import ExternalPlanes
 from stator.discovery.hub_client import HubDiscovery
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.graph import banner, network, token
 from stator.graph.children import child_environment
+from stator.graph.dead_instances import DeadInstances
+from stator.graph.hub_node import running_hub
 from stator.graph.interpreter import source_for
 from stator.graph.node import Node, ServeOptions, prepare
 from stator.graph.placement import FRONTEND, ProcessPlan
+from stator.graph.planes import open_planes
 from stator.graph.protocol import ChildSpec, ExitCode, Serving
 from stator.graph.sockets import open_listener, socket_directory
 from stator.graph.supervisor import Supervisor, make_specs
-from stator.graph.terminal import Terminal
-from stator.hub.server import Hub
+from stator.graph.terminal import Terminal, log_to
 from stator.ids import InstanceId
-from stator.observability.logs import setup_logging
-from stator.transport.addresses import TcpAddress, parse_address
+from stator.transport.addresses import TcpAddress
 from stator.transport.client import RequestPlaneClient
-from stator.transport.server import RequestPlaneServer
 from stator.transport.settings import Identity, Listen
 
 logger = logging.getLogger(__name__)
@@ -38,77 +40,80 @@ JOIN_RETRY_S = 2.0
 
 async def serve(options: ServeOptions) -> ExitCode:
     """Run a node until it is stopped. Raises ConfigError if it cannot start."""
-    # What a hub has to say about its leases is not for the terminal of a node, unless it is asked for.
-    setup_logging("stator", options.namespace, environ={"STATOR_LOG_LEVEL": "WARNING", **os.environ})
     terminal = Terminal()
+    log_to(terminal, options.namespace)
     try:
         node = prepare(options, for_start=True)
         for notice in node.notices:
             terminal.say(f"stator: {notice}")
-        secret = _token(options)
-        async with _control_plane(options, node, secret, terminal) as (hub, public_hub):
-            with contextlib.ExitStack() as resources, contextlib.ExitStack() as listening:
-                specs = _specs(node, secret, hub, resources, listening)
-                # From then on only the processes hold their listening sockets: when they are gone, clients are refused.
-                supervisor = _supervisor(node, specs, terminal, public_hub, on_stopping=listening.close)
-                return await supervisor.run(serves_clients=_serves_clients(node))
+        async with _control_plane(options, node, terminal) as plane:
+            async with _undertaker(options, node, plane) as dead:
+                with contextlib.ExitStack() as resources, contextlib.ExitStack() as listening:
+                    specs, listeners = _specs(node, plane, resources, listening)
+                    supervisor = _supervisor(node, specs, terminal, plane.public_hub, listening, listeners, dead)
+                    return await supervisor.run(serves_clients=_serves_clients(node))
     finally:
         terminal.close()
 
 
 def _token(options: ServeOptions) -> str:
+    if options.join is None:
+        return token.find_or_make_token(options.namespace, options.token_file)
     secret = token.find_token(options.namespace, options.token_file)
-    if secret is not None:
-        return secret
-    if options.join is not None:
+    if secret is None:
         raise ConfigError(token.missing_token(options.namespace, options.join))
-    return token.make_token(options.namespace)
+    return secret
 
 
-def _token_place(options: ServeOptions) -> str:
-    if environment.token() is not None:
-        return "set the same STATOR_TOKEN there"
-    path = options.token_file or token.default_token_file(options.namespace)
-    return f"copy {path} to the same place there, or give it with --token-file"
+@dataclass(frozen=True, slots=True)
+class _ControlPlane:
+    """hub: its address for this node's processes. public_hub: for other nodes, if the hub is here."""
 
-
-def _port(addresses: Sequence[str]) -> int:
-    return next(a.port for a in map(parse_address, addresses) if isinstance(a, TcpAddress))
+    token: str
+    hub: tuple[str, int] | None = None
+    public_hub: tuple[str, int] | None = None
 
 
 @contextlib.asynccontextmanager
-async def _control_plane(
-    options: ServeOptions, node: Node, secret: str, terminal: Terminal
-) -> AsyncGenerator[tuple[tuple[str, int], tuple[str, int] | None]]:
-    """The hub's address for this node's processes, and for other nodes if the hub is here."""
+async def _control_plane(options: ServeOptions, node: Node, terminal: Terminal) -> AsyncGenerator[_ControlPlane]:
+    if node.external is not None:
+        # Not above: who uses a hub need not wait for their import.
+        from stator.graph.external import external_control_plane
+
+        given = token.find_given_token(options.token_file)
+        async with external_control_plane(node.external, options.namespace, given, terminal) as secret:
+            yield _ControlPlane(secret)
+        return
+    secret = _token(options)
     if node.head is not None:
         await _check_join(options, secret, node.head, terminal)
-        yield node.head, None
+        yield _ControlPlane(secret, node.head)
         return
     host = options.hub_host or options.host
-    identity = Identity(options.namespace, InstanceId(f"hub-{uuid4().hex[:12]}"), "hub", secret)
-    server = RequestPlaneServer(identity, Listen(host=host, port=options.hub_port, advertise=node.advertise))
-    hub = Hub(server)
-    try:
-        await server.start()
-    except ConfigError as error:
-        raise ConfigError(
-            f"the hub: {error}. If another head runs on this host, stop it, or choose another port with --hub-port "
-            f"(0 takes a free one)"
-        ) from None
-    try:
-        port = _port(server.addresses)
+    listen = Listen(host=host, port=options.hub_port, advertise=node.advertise)
+    async with running_hub(options.namespace, secret, listen) as port:
         local = "127.0.0.1" if network.is_wildcard(host) else host
-        yield (local, port), (node.advertise, port)
+        yield _ControlPlane(secret, (local, port), (node.advertise, port))
+
+
+@contextlib.asynccontextmanager
+async def _undertaker(options: ServeOptions, node: Node, plane: _ControlPlane) -> AsyncGenerator[DeadInstances]:
+    planes = open_planes(_identity(options, plane.token), plane.hub, node.external)
+    dead = DeadInstances(planes.discovery)
+    try:
+        yield dead
     finally:
-        await hub.close()
-        await server.close()
+        await dead.close()
+        await planes.close()
+
+
+def _identity(options: ServeOptions, secret: str) -> Identity:
+    return Identity(options.namespace, InstanceId(f"node-{uuid4().hex[:12]}"), "supervisor", secret, environment.tls())
 
 
 async def _check_join(options: ServeOptions, secret: str, head: tuple[str, int], terminal: Terminal) -> None:
     """Wait until the head answers. Raises ConfigError if it refuses us, or does not come up in time."""
-    identity = Identity(options.namespace, InstanceId(f"join-{uuid4().hex[:12]}"), "supervisor", secret)
-    client = RequestPlaneClient(identity)
+    client = RequestPlaneClient(_identity(options, secret))
     discovery = HubDiscovery(client, (str(TcpAddress(*head)),), namespace=options.namespace)
     told = False
     try:
@@ -136,12 +141,12 @@ async def _check_join(options: ServeOptions, secret: str, head: tuple[str, int],
 
 def _specs(
     node: Node,
-    secret: str,
-    hub: tuple[str, int],
+    plane: _ControlPlane,
     resources: contextlib.ExitStack,
     listening: contextlib.ExitStack,
-) -> list[tuple[ProcessPlan, ChildSpec]]:
-    """What the supervisor starts. resources, listening: own the directories and the sockets that the processes use."""
+) -> tuple[list[tuple[ProcessPlan, ChildSpec]], dict[int, socket.socket]]:
+    """What the supervisor starts, and the sockets for clients. resources, listening: own the directories and the
+    sockets that the processes use."""
     options = node.options
     plans = _with_interpreters(node, resources)
     base = ChildSpec(
@@ -150,8 +155,9 @@ def _specs(
         services=(),
         index=0,
         namespace=options.namespace,
-        hub=hub,
-        token=secret,
+        hub=plane.hub,
+        external=node.external,
+        token=plane.token,
         host=options.host,
         advertise=node.advertise,
         port_range=node.port_range,
@@ -160,13 +166,15 @@ def _specs(
         supervisor_pid=0,
         status_fd=0,
         allow_untested_engine=options.allow_untested_engine,
+        grace_s=options.settings.grace_s,
         socket_dir=resources.enter_context(socket_directory()) if node.needs_sockets() else None,
     )
-    listeners: dict[str, int] = {}
+    listeners: dict[str, socket.socket] = {}
     for name in node.shared_listeners():
         config = node.sections[name].config
-        listeners[name] = listening.enter_context(open_listener(name, config.host, config.port)).fileno()
-    return make_specs(base, plans, listeners)
+        listeners[name] = listening.enter_context(open_listener(name, config.host, config.port))
+    specs = make_specs(base, plans, {name: listener.fileno() for name, listener in listeners.items()})
+    return specs, {listener.fileno(): listener for listener in listeners.values()}
 
 
 def _with_interpreters(node: Node, resources: contextlib.ExitStack) -> list[ProcessPlan]:
@@ -190,7 +198,9 @@ def _supervisor(
     specs: Sequence[tuple[ProcessPlan, ChildSpec]],
     terminal: Terminal,
     public_hub: tuple[str, int] | None,
-    on_stopping: Callable[[], None],
+    listening: contextlib.ExitStack,
+    listeners: Mapping[int, socket.socket],
+    dead: DeadInstances,
 ) -> Supervisor:
     options, plans = node.options, node.plans
 
@@ -202,7 +212,22 @@ def _supervisor(
         if not _can_finish_alone(node, plans):
             terminal.say("stator: no decode worker is started here; waiting for one to join")
             terminal.say(_join_text(options, node, public_hub))
-    return Supervisor(specs, terminal, options.settings, ready, on_stopping)
+    elif node.external is not None:
+        terminal.say(f"stator: starting {', '.join(plan.label for plan in plans)}; {node.external.shown}")
+        if not node.graph.is_component and not _can_finish_alone(node, plans):
+            terminal.say("stator: no decode worker is started here; waiting for one to join")
+            terminal.say(_exports_text(options, node, node.external))
+    # Once stopping, only the processes hold their listening sockets: when they are gone, clients are refused.
+    return Supervisor(
+        specs,
+        terminal,
+        options.settings,
+        ready,
+        listening.close,
+        on_unused=lambda descriptor: listeners[descriptor].close(),
+        on_dead=dead.bury,
+        has_hub=public_hub is not None,
+    )
 
 
 def _serves_clients(node: Node) -> bool:
@@ -210,19 +235,34 @@ def _serves_clients(node: Node) -> bool:
 
 
 def _ready_text(options: ServeOptions, node: Node, public_hub: tuple[str, int] | None, serving: Serving | None) -> str:
-    if public_hub is None:
-        return f"stator: joined {options.join} (namespace {options.namespace}); Ctrl-C leaves"
+    if public_hub is None and (node.external is None or node.graph.is_component):
+        where = options.join if node.external is None else node.external.shown
+        joined = f"stator: joined {where} (namespace {options.namespace}); Ctrl-C leaves"
+        return joined if serving is None else f"{joined}\n{banner.format_serving(serving, node.advertise)}"
     parts = ["", "Stator is ready."]
     if serving is not None:
         parts.append(banner.format_serving(serving, node.advertise))
-    parts.append(_join_text(options, node, public_hub))
+    if public_hub is not None:
+        parts.append(_join_text(options, node, public_hub))
+    elif node.external is not None:
+        parts.append(_exports_text(options, node, node.external))
     parts += ["  Ctrl-C stops everything.", ""]
     return "\n".join(parts)
 
 
+def _exports_text(options: ServeOptions, node: Node, external: ExternalPlanes) -> str:
+    return banner.format_exports(_lines(options, node), external, options.namespace)
+
+
+def _lines(options: ServeOptions, node: Node) -> Sequence[banner.JoinLine]:
+    return options.join_lines or banner.join_lines(node.graph, options.directory, options.config, options.overrides)
+
+
 def _join_text(options: ServeOptions, node: Node, hub: tuple[str, int]) -> str:
-    lines = options.join_lines or banner.join_lines(node.graph, options.directory, options.config, options.overrides)
-    return banner.format_join(lines, hub, options.namespace, _token_place(options))
+    lines = _lines(options, node)
+    return banner.format_join(
+        lines, hub, options.namespace, token.place_of_token(options.namespace, options.token_file)
+    )
 
 
 def _text(address: tuple[str, int]) -> str:

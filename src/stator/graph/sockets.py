@@ -39,11 +39,13 @@ def socket_directory() -> Generator[str | None]:
 
 
 def open_listener(service: str, host: str, port: int) -> socket.socket:
-    """A bound TCP socket for the copies of a frontend to accept from. Raises ConfigError if it cannot be had."""
+    """A bound TCP socket for the processes of a frontend to accept from. Raises ConfigError if it cannot be had.
+
+    A name with addresses of both families gets its IPv4 one, which is what clients try who know no other.
+    """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] is not socket.AF_INET)
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"{service}: cannot listen on {host}: {error.strerror}; set --{service}.host") from None

@@ -1,11 +1,13 @@
 """Output of a node: the children's lines with a prefix, and what the supervisor itself says."""
 
+import os
 import queue
 import sys
 import threading
 from typing import BinaryIO
 
 from stator.config import environment
+from stator.observability.logs import LineHandler, setup_logging
 
 MAX_QUEUED_LINES = 10_000
 CLOSE_TIMEOUT_S = 2.0
@@ -26,6 +28,7 @@ class Terminal:
         self._colours: dict[str, int] = {}
         self._json = environment.json_logs()
         self._num_dropped = 0
+        self._closed = False
         self._queue: queue.Queue[tuple[BinaryIO, bytes] | None] = queue.Queue(MAX_QUEUED_LINES)
         self._writer = threading.Thread(target=self._write, name="terminal", daemon=True)
         self._writer.start()
@@ -48,14 +51,18 @@ class Terminal:
         self._put(self._stderr, text.encode())
 
     def close(self) -> None:
-        """Write what is queued, if it can be written soon."""
+        """Write what is queued, if it can be written soon. What comes later is written at once."""
         try:
             self._queue.put(None, timeout=CLOSE_TIMEOUT_S)
         except queue.Full:
             return
         self._writer.join(CLOSE_TIMEOUT_S)
+        self._closed = not self._writer.is_alive()
 
     def _put(self, out: BinaryIO, line: bytes) -> None:
+        if self._closed:
+            self._write_line(out, line, flush=True)
+            return
         if self._num_dropped:
             note = f"stator: {self._num_dropped} lines were dropped: nobody read the output".encode()
             try:
@@ -71,14 +78,24 @@ class Terminal:
     def _write(self) -> None:
         while (entry := self._queue.get()) is not None:
             out, line = entry
-            try:
-                out.write(line + b"\n")
-                if self._queue.empty() or out is self._stderr:
-                    out.flush()
-            except (OSError, ValueError):
-                continue
+            self._write_line(out, line, flush=self._queue.empty() or out is self._stderr)
         for out in (self._stdout, self._stderr):
             try:
                 out.flush()
             except (OSError, ValueError):
                 continue
+
+    def _write_line(self, out: BinaryIO, line: bytes, *, flush: bool) -> None:
+        try:
+            out.write(line + b"\n")
+            if flush:
+                out.flush()
+        except (OSError, ValueError):
+            pass
+
+
+def log_to(terminal: Terminal, namespace: str) -> None:
+    """What this process itself logs: warnings, for what a hub has to say about its leases is not for the terminal of a
+    node unless it is asked for. Not straight to stderr, which may be a pipe that nobody reads. Raises ConfigError."""
+    level = {"STATOR_LOG_LEVEL": "WARNING", **os.environ}
+    setup_logging("stator", namespace, environ=level, handler=LineHandler(terminal.complain))

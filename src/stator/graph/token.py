@@ -24,15 +24,20 @@ def default_token_file(namespace: str) -> Path:
     return environment.state_directory() / f"{namespace}.token"
 
 
+def find_given_token(token_file: Path | None) -> str | None:
+    """What this start was given: STATOR_TOKEN, else the file that was named. Raises ConfigError as `find_token`."""
+    if (token := environment.token()) is not None:
+        return token
+    return None if token_file is None else read_token_file(token_file)
+
+
 def find_token(namespace: str, token_file: Path | None) -> str | None:
     """STATOR_TOKEN, else the file that was named, else this user's file for the namespace; None if there is none.
 
     Raises ConfigError for a file that cannot be used, among them one that others may read.
     """
-    if (token := environment.token()) is not None:
+    if (token := find_given_token(token_file)) is not None:
         return token
-    if token_file is not None:
-        return read_token_file(token_file)
     default = default_token_file(namespace)
     return read_token_file(default) if default.exists() else None
 
@@ -59,6 +64,26 @@ def make_token(namespace: str) -> str:
             f"the token file {path} cannot be made: {error.strerror}; set STATOR_TOKEN or XDG_STATE_HOME"
         ) from None
     return token
+
+
+def find_or_make_token(namespace: str, token_file: Path | None) -> str:
+    """For whoever starts a deployment. Raises ConfigError as `find_token` and `make_token`."""
+    found = find_token(namespace, token_file)
+    return make_token(namespace) if found is None else found
+
+
+def place_of_token(namespace: str, token_file: Path | None) -> str:
+    """What another node is to do for the token that was found here, and for TLS if this node uses it."""
+    if environment.token() is not None:
+        place = "set the same STATOR_TOKEN there"
+    else:
+        path = token_file or default_token_file(namespace)
+        place = f"copy {path} to the same place there, or give it with --token-file"
+    return (
+        place
+        if environment.tls() is None
+        else f"{place}; and set STATOR_TLS_DIR to files of its own (stator certs issue)"
+    )
 
 
 def missing_token(namespace: str, head: str) -> str:

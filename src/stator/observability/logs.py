@@ -1,20 +1,31 @@
 """Logging setup of every Stator process, and the line a worker writes about its engine."""
 
+import atexit
+import contextlib
 import logging
 import os
+import queue
 import sys
+import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 import msgspec
 
 from stator.errors import ConfigError
 from stator.messages.engine import EngineLoad
+from stator.messages.reports import RouterStats
 from stator.observability.stats import worker_rates
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 FORMATS = ("text", "json")
+
+
+MAX_QUEUED_LINES = 10_000
+FLUSH_TIMEOUT_S = 2.0
+_DROPPED = "%d lines of this log were dropped: nobody read it"
 
 
 def _timestamp(created: float) -> str:
@@ -61,15 +72,121 @@ class JsonFormatter(logging.Formatter):
         return self._encoder.encode(fields).decode()
 
 
+class BackgroundHandler(logging.Handler):
+    """Gives formatted lines to `write` on a thread of its own: a log that nobody reads, or whose disk is full, must not
+    hold the event loop that logs.
+
+    Lines beyond MAX_QUEUED_LINES are dropped and counted. `flush` and `close` wait until what is queued is written, for
+    FLUSH_TIMEOUT_S at most.
+    """
+
+    def __init__(self, write: Callable[[str], None], max_lines: int = MAX_QUEUED_LINES) -> None:
+        super().__init__()
+        self._write_line = write
+        self._max_lines = max_lines
+        self._num_dropped = 0
+        self._begin()
+        _restart_after_fork(self)
+        # dictConfig also takes it from those that logging flushes at the end.
+        atexit.register(_flush_if_alive, weakref.ref(self))
+
+    def _begin(self) -> None:
+        self._lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._lines.qsize() >= self._max_lines:
+            self._num_dropped += 1
+            return
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        if self._num_dropped:
+            self._put(self.format(_lines_dropped(self._num_dropped)))
+            self._num_dropped = 0
+        self._put(line)
+
+    def _put(self, line: str) -> None:
+        self._lines.put(line)
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._run, args=(self._lines,), name="log", daemon=True)
+            self._writer.start()
+
+    def _run(self, lines: "queue.SimpleQueue[str | threading.Event | None]") -> None:
+        while (line := lines.get()) is not None:
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                self._write_line(line)
+
+    def flush(self) -> None:
+        if self._writer is not None and threading.current_thread() is not self._writer:
+            written = threading.Event()
+            self._lines.put(written)
+            written.wait(FLUSH_TIMEOUT_S)
+
+    def close(self) -> None:
+        """What is logged later is written all the same: `logging.config.dictConfig`, which libraries call when they are
+        imported, closes every handler that there is, also those that stay in use."""
+        self.flush()
+        self._lines.put(None)
+        self._begin()
+        super().close()
+
+
+def _flush_if_alive(handler: "weakref.ref[BackgroundHandler]") -> None:
+    if (alive := handler()) is not None:
+        alive.flush()
+
+
+def _lines_dropped(count: int) -> logging.LogRecord:
+    fields = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "msg": _DROPPED, "args": (count,)}
+    return logging.makeLogRecord(fields)
+
+
+class LineHandler(logging.Handler):
+    """Gives formatted lines to `write`, which must not wait."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self._write_line = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._write_line(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def _restart_after_fork(handler: BackgroundHandler) -> None:
+    """A forked process has the handler, but not its thread."""
+    found = weakref.ref(handler)
+
+    def restart() -> None:
+        if (alive := found()) is not None:
+            alive._begin()  # pyright: ignore[reportPrivateUsage]
+
+    os.register_at_fork(after_in_child=restart)
+
+
+def write_to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def setup_logging(
     component: str,
     instance: str,
     *,
     environ: Mapping[str, str] = os.environ,
     stream: TextIO | None = None,
+    handler: logging.Handler | None = None,
     prefixed: bool = False,
 ) -> None:
-    """Send the root logger's records to stream (default stderr), replacing handlers it had.
+    """Send the root logger's records to handler, or to stream (default stderr), replacing handlers it had.
 
     prefixed: whoever reads the stream puts the source before each line of text, as the supervisor does.
 
@@ -84,7 +201,8 @@ def setup_logging(
         raise ConfigError(f"STATOR_LOG_FORMAT is {form!r}; expected one of {', '.join(FORMATS)}")
     source = "" if prefixed else f"{component}[{instance}]"
     formatter = JsonFormatter(component, instance) if form == "json" else TextFormatter(source)
-    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    if handler is None:
+        handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -99,4 +217,13 @@ def format_worker_stats(before: EngineLoad, after: EngineLoad, seconds: float) -
         f"Avg generation throughput: {rates.generation_tokens_per_s:.1f} tokens/s, "
         f"Running: {after.num_running} reqs, Waiting: {after.num_waiting} reqs, "
         f"KV cache usage: {rates.kv_usage:.1%}, Prefix cache hit rate: {rates.prefix_hit_rate:.1%}"
+    )
+
+
+def format_router_stats(before: RouterStats, after: RouterStats, seconds: float) -> str:
+    """The line a router logs every five seconds while workers are full, from two readings so far apart."""
+    refused = sum(after.refusals.values()) - sum(before.refusals.values())
+    return (
+        f"Waiting for a worker with room: {after.num_waiting} reqs, {after.num_waiting_tokens} prompt tokens, "
+        f"Refused: {refused} reqs in {seconds:.0f} s, Running: {after.num_bookings} reqs"
     )

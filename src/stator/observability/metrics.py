@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from stator.ids import InstanceId
 from stator.messages.engine import EngineLoad
 from stator.messages.instances import InstanceInfo
-from stator.messages.reports import DECISION_S, DIFFERENCE_BLOCKS, RouterStats, WorkerReport
+from stator.messages.reports import DECISION_S, DIFFERENCE_BLOCKS, PEER_DELAY_S, WAIT_S, RouterStats, WorkerReport
 from stator.observability.stats import WorkerRates, worker_rates
 from stator.runtime.context import loop_time
 
@@ -99,6 +99,13 @@ WORKER_METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("worker_prompt_tokens_transferred_total", _C, "Prompt tokens fetched from a prefill worker.", _WORKER),
     MetricSpec("worker_generation_tokens_total", _C, "Tokens generated.", _WORKER),
     MetricSpec("worker_preemptions_total", _C, "Sequences put back to be recomputed.", _WORKER),
+    MetricSpec(
+        "worker_stalls_total",
+        _C,
+        "Engines that made no step while they had work, and were started again: of this worker's process and those "
+        "that it took the place of.",
+        _WORKER,
+    ),
     MetricSpec("worker_prompt_throughput_tokens_per_second", _G, "Prompt tokens computed, recent average.", _WORKER),
     MetricSpec("worker_generation_throughput_tokens_per_second", _G, "Tokens generated, recent average.", _WORKER),
     MetricSpec("worker_prefix_hit_ratio", _G, "Recent prompt tokens found in the prefix cache, 0 to 1.", _WORKER),
@@ -126,6 +133,16 @@ ROUTER_METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("route_decisions_total", _C, "Decisions of a router, by mode.", (*_ROUTER, "mode")),
     MetricSpec("route_decision_seconds", _H, "Time that a decision took in the router.", _ROUTER, DECISION_S),
     MetricSpec("router_bookings", _G, "Requests that a router has sent to workers and that have not ended.", _ROUTER),
+    MetricSpec("router_waiting_requests", _G, "Requests that wait at a router, because no worker has room.", _ROUTER),
+    MetricSpec("router_waiting_tokens", _G, "Prompt tokens of the requests that wait at a router.", _ROUTER),
+    MetricSpec("router_wait_seconds", _H, "How long a request waited at a router for room.", _ROUTER, WAIT_S),
+    MetricSpec(
+        "router_refusals_total",
+        _C,
+        "Requests that a router refused for want of room: queue_full, queue_wait (it waited, or would have to, longer "
+        "than max-queue-wait) or deadline (longer than its own time left).",
+        (*_ROUTER, "reason"),
+    ),
     MetricSpec(
         "router_overlap_predictions_total",
         _C,
@@ -145,10 +162,23 @@ ROUTER_METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("router_index_workers", _G, "Workers whose KV events a router follows.", _ROUTER),
     MetricSpec("router_index_settled_workers", _G, "Those of them whose view is up to date.", _ROUTER),
     MetricSpec("router_index_gaps_total", _C, "Event streams with a loss, which were read anew.", _ROUTER),
+    MetricSpec("router_peers", _G, "Other routers whose bookings a router follows.", _ROUTER),
+    MetricSpec("router_peer_bookings", _G, "Requests of other routers that a router counts.", _ROUTER),
+    MetricSpec(
+        "router_peer_lag_seconds",
+        _G,
+        "How old at most what a router knows of other routers' bookings is; 1 for a second or more.",
+        _ROUTER,
+    ),
+    MetricSpec("router_peer_resyncs_total", _C, "Streams of other routers' bookings that were read anew.", _ROUTER),
+    MetricSpec(
+        "router_peer_delay_seconds", _H, "How late a router knew of other routers' bookings.", _ROUTER, PEER_DELAY_S
+    ),
 )
 
 PREFILL_OUTCOMES = frozenset({"remote", "local", "fallback", "done", "failed", "refused", "unwanted"})
 PAIRINGS = frozenset({"paired", "refused"})
+REFUSALS = frozenset({"queue_full", "queue_wait", "deadline"})
 
 
 class Tally:
@@ -250,6 +280,7 @@ class WorkerCollector(Collector):
         for worker in self._workers.values():
             for name, value in _values(worker.report.load, worker.rates()).items():
                 families[name].add_metric(worker.labels, value)
+            families["worker_stalls_total"].add_metric(worker.labels, worker.report.stalls_total)
             for outcome, count in _known(worker.report.prefills, PREFILL_OUTCOMES).items():
                 families["remote_prefill_total"].add_metric((*worker.labels, outcome), count)
             for pairing, count in _known(worker.report.prefill_instances, PAIRINGS).items():
@@ -270,13 +301,24 @@ def router_families(routers: Mapping[InstanceId, RouterStats]) -> Iterable[Metri
             for basis, count in by_basis.items():
                 plain["router_overlap_predictions_total"].add_metric((router, outcome, basis), count)
         plain["router_bookings"].add_metric((router,), stats.num_bookings)
+        plain["router_waiting_requests"].add_metric((router,), stats.num_waiting)
+        plain["router_waiting_tokens"].add_metric((router,), stats.num_waiting_tokens)
+        for reason, count in _known(stats.refusals, REFUSALS).items():
+            plain["router_refusals_total"].add_metric((router, reason), count)
         if stats.index is not None:
             plain["router_index_blocks"].add_metric((router,), stats.index.num_entries)
             plain["router_index_bytes"].add_metric((router,), stats.index.num_bytes)
             plain["router_index_workers"].add_metric((router,), stats.index.num_workers)
             plain["router_index_settled_workers"].add_metric((router,), stats.index.num_settled)
             plain["router_index_gaps_total"].add_metric((router,), stats.index.gaps_total)
+        if (peers := stats.peers) is not None:
+            plain["router_peers"].add_metric((router,), peers.num_peers)
+            plain["router_peer_bookings"].add_metric((router,), peers.num_bookings)
+            plain["router_peer_lag_seconds"].add_metric((router,), peers.lag_s)
+            plain["router_peer_resyncs_total"].add_metric((router,), peers.resyncs_total)
+            tallied["router_peer_delay_seconds"].take((router,), peers.delay_counts, peers.delay_sum_s)
         tallied["route_decision_seconds"].take((router,), stats.decision_counts, stats.decision_sum_s)
+        tallied["router_wait_seconds"].take((router,), stats.wait_counts, stats.wait_sum_s)
         tallied["router_overlap_difference_blocks"].take((router,), stats.difference_counts, stats.difference_sum)
     yield from plain.values()
     for histogram in tallied.values():

@@ -1,12 +1,14 @@
-"""A worker's figures: pushed to subscribers once a second, logged in one line every five."""
+"""A worker's or a router's figures: pushed to subscribers once a second, logged in one line every five."""
 
 import asyncio
 import logging
 from collections.abc import Callable
 
+import msgspec
+
 from stator.messages.engine import EngineLoad
-from stator.messages.reports import ReportRequest, WorkerReport
-from stator.observability.logs import format_worker_stats
+from stator.messages.reports import ReportRequest, RouterStats, WorkerReport
+from stator.observability.logs import format_router_stats, format_worker_stats
 from stator.runtime.context import loop_time
 from stator.transport.base import Call
 
@@ -14,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 5.0
 MIN_INTERVAL_S = 0.1
+
+
+def with_stalls(report: WorkerReport, stalls: int) -> WorkerReport:
+    """stalls: of the worker's process and its predecessors (ServiceContext.stalls)."""
+    return msgspec.structs.replace(report, stalls_total=stalls) if stalls else report
 
 
 class Reporter:
@@ -25,6 +32,7 @@ class Reporter:
         self._subscribers: dict[Call, asyncio.TimerHandle] = {}
         self._log_timer: asyncio.TimerHandle | None = None
         self._last: tuple[float, EngineLoad] | None = None
+        self._last_router = RouterStats()
 
     def start(self) -> None:
         self._last = (loop_time(), self._read().load)
@@ -48,13 +56,19 @@ class Reporter:
             timer.cancel()
 
     def _log(self) -> None:
-        now, load = loop_time(), self._read().load
+        now, report = loop_time(), self._read()
+        load, router = report.load, report.router
         assert self._last is not None
         then, before = self._last
         self._last = (now, load)
         # An idle worker says so once, not every five seconds for ever.
         if load != before or load.num_running or load.num_waiting:
             logger.info(format_worker_stats(before, load, now - then))
+        if router is not None:
+            # A router says something only when somebody waits or was turned away.
+            if router.num_waiting or router.refusals != self._last_router.refusals:
+                logger.info(format_router_stats(self._last_router, router, now - then))
+            self._last_router = router
         self._log_timer = asyncio.get_running_loop().call_later(LOG_EVERY_S, self._log)
 
     def close(self) -> None:

@@ -8,41 +8,60 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
+import msgspec
+
+from stator.core.continuation import DEFAULT_WAIT_S
 from stator.core.hashing import block_hashes
+from stator.core.sequence_limits import lacks
 from stator.errors import ErrorCode, StatorError
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest
-from stator.messages.tokens import TokenBuffer, num_tokens, pack
+from stator.messages.tokens import TokenBuffer, num_tokens, pack, unpack
 from stator.processor import validation
+from stator.processor.answer_options import AnswerOptions, answer_options
+from stator.processor.booking import DEFAULT_ROUTER_WAIT_S, Bookings, RouterTarget
 from stator.processor.chat_template import ChatTemplate
+from stator.processor.choices import ChoiceCall, Choices
+from stator.processor.details import Details, ShownPrompt
 from stator.processor.feedback import RouteFeedback
-from stator.processor.generation import Generation, GenerationRequest, RouterTarget
+from stator.processor.generation import Generation, GenerationRequest, Shared
+from stator.processor.instances import DecodeInstances
 from stator.processor.output import OutputText
 from stator.processor.tokenizer import ModelTokenizer
 from stator.processor.validation import SamplingDefaults
+from stator.runtime.directory import InstanceDirectory
 from stator.transport.base import Call, Endpoint, TransportClient
 
 logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessorSettings:
     """migration_limit: further instances a request may go on to after the first one fails it.
 
+    migration_wait_s: how long a request with half an answer waits for an instance to go on to when none is left.
+    router_wait_s: how long a request waits for a router when there is none.
     thread_chars: prompts of that many characters and more are tokenized on a thread (about 2 ms of work).
+    max_encoding: prompts that may wait for that thread; more are refused.
     """
 
     migration_limit: int = 3
+    migration_wait_s: float = DEFAULT_WAIT_S
+    router_wait_s: float = DEFAULT_ROUTER_WAIT_S
     thread_chars: int = 8192
+    max_encoding: int = 512
 
 
 class Processor:
     """Serves one model under one or more names; the first is the one that routing and block hashes use.
 
     block_size and max_model_len: tokens, as the workers have them. router: where `route` is. rng: draws the seeds of
-    sampled requests that bring none. Raises ConfigError for a chat template that does not compile.
+    sampled requests that bring none. directory: tells of instances that left, and what each engine can resume; None:
+    such things are learned from calls alone. Raises ConfigError for a chat template that does not compile.
 
     Items of both endpoints are CompletionDelta; see there for their order. Owns its open requests until `close`.
     """
@@ -57,6 +76,7 @@ class Processor:
         client: TransportClient,
         router: RouterTarget,
         rng: Random,
+        directory: InstanceDirectory | None = None,
         settings: ProcessorSettings | None = None,
         defaults: SamplingDefaults | None = None,
     ) -> None:
@@ -65,8 +85,17 @@ class Processor:
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._client = client
-        self._router = router
+        self._bookings = Bookings(router, rng, directory, wait_s=(settings or ProcessorSettings()).router_wait_s)
         self._feedback = RouteFeedback(client)
+        self._instances = DecodeInstances(directory)
+        self._shared = Shared(
+            client,
+            self._bookings,
+            self._feedback,
+            self._instances,
+            (settings or ProcessorSettings()).migration_limit,
+            (settings or ProcessorSettings()).migration_wait_s,
+        )
         self._rng = rng
         self._settings = settings or ProcessorSettings()
         self._defaults = defaults or SamplingDefaults()
@@ -75,7 +104,7 @@ class Processor:
             source, origin = tokenizer.chat_template
             self._chat_template = ChatTemplate(source, origin=origin, special_tokens=tokenizer.special_tokens)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self._open: set[Generation] = set()
+        self._open: dict[Generation, None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._num_encoding = 0
@@ -110,6 +139,8 @@ class Processor:
         for generation in list(self._open):
             generation.end(_stopping())
         self._feedback.close()
+        self._bookings.close()
+        self._instances.close()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
         await self._idle.wait()
 
@@ -136,16 +167,12 @@ class Processor:
             )
         text = self._chat_template.render(request.messages)
         # The template wrote the special tokens; adding them again would double the first.
-        self._encode(call, request, text, add_special_tokens=False)
+        self._encode(call, request, [text], add_special_tokens=False)
 
     def _completions(self, call: Call) -> None:
         request: CompletionRequest = call.request
         self._check(request)
-        prompt = validation.single_prompt(request, self._tokenizer.num_ids)
-        if isinstance(prompt, str):
-            self._encode(call, request, prompt, add_special_tokens=True)
-        else:
-            self._generate(call, request, pack(prompt))
+        self._encode(call, request, validation.prompts(request, self._tokenizer.num_ids), add_special_tokens=True)
 
     def _check(self, request: validation.Request) -> None:
         if self._closed:
@@ -156,77 +183,144 @@ class Processor:
         validation.stop_strings(request)
         validation.stop_token_ids(request, self._tokenizer.num_ids)
 
-    def _encode(self, call: Call, request: validation.Request, text: str, *, add_special_tokens: bool) -> None:
-        def encode() -> TokenBuffer:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    def _encode(
+        self, call: Call, request: validation.Request, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+    ) -> None:
+        def encode() -> list[TokenBuffer]:
+            return [
+                pack(prompt)
+                if isinstance(prompt, list)
+                else self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+                for prompt in prompts
+            ]
 
-        if len(text) < self._settings.thread_chars:
-            self._generate(call, request, encode())
+        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) < self._settings.thread_chars:
+            self._generate(call, request, prompts, encode())
             return
 
-        def encoded(future: "asyncio.Future[TokenBuffer]") -> None:
+        if self._num_encoding >= self._settings.max_encoding:
+            message = f"{self._num_encoding} long prompts wait to be tokenized, as many as may; try again later"
+            raise StatorError(ErrorCode.OVERLOADED, message, retry_after_s=RETRY_AFTER_S)
+
+        def encoded(future: "asyncio.Future[list[TokenBuffer]]") -> None:
             self._num_encoding -= 1
             if not call.cancelled:
                 result = _stopping() if self._closed or future.cancelled() else future.exception()
-                self._guard(call, lambda: self._generate_or_raise(call, request, result or future.result()))
+                self._guard(call, lambda: self._generate_or_raise(call, request, prompts, result or future.result()))
             self._set_idle()
 
         self._num_encoding += 1
         self._idle.clear()
         asyncio.get_running_loop().run_in_executor(self._threads, encode).add_done_callback(encoded)
 
-    def _generate_or_raise(self, call: Call, request: validation.Request, prompt: TokenBuffer | BaseException) -> None:
-        if isinstance(prompt, BaseException):
-            raise prompt
-        self._generate(call, request, prompt)
+    def _generate_or_raise(
+        self,
+        call: Call,
+        request: validation.Request,
+        prompts: Sequence[str | list[int]],
+        encoded: list[TokenBuffer] | BaseException,
+    ) -> None:
+        if isinstance(encoded, BaseException):
+            raise encoded
+        self._generate(call, request, prompts, encoded)
 
-    # From the prompt to the stream
+    # From the prompts to the stream
 
-    def _generate(self, call: Call, request: validation.Request, prompt_ids: TokenBuffer) -> None:
-        generation_request = self._generation_request(request, prompt_ids)
-        output = OutputText(
-            self._tokenizer.detokenizer(),
-            validation.stop_strings(request),
-            min_tokens=generation_request.sampling.min_tokens,
-            stop_ids=generation_request.stop_ids,
-        )
-        generation = Generation(
+    def _generate(
+        self,
+        call: Call,
+        request: validation.Request,
+        prompts: Sequence[str | list[int]],
+        encoded: Sequence[TokenBuffer],
+    ) -> None:
+        options = answer_options(request)
+        if len(encoded) == 1 and options.n == 1 and not options.has_details:
+            self._start(call, self._generation_request(request, encoded[0], options), options, None)
+            return
+        # All of them, so that a prompt that is refused is so before anything is computed.
+        requests = [self._generation_request(request, ids, options) for ids in encoded]
+
+        def start(choice: ChoiceCall) -> None:
+            number, nth = divmod(choice.index, options.n)
+            made = requests[number]
+            sampling = validation.for_choice(made.sampling, nth)
+            scores = sampling.prompt_logprobs is not None
+            if scores and nth:
+                sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+            details = None
+            if options.has_details:
+                shown = self._shown_prompt(prompts[number], made.prompt_ids, options, asks_scores=scores and not nth)
+                details = Details(options, self._tokenizer, shown)
+            self._start(choice, replace(made, sampling=sampling), options, details)
+
+        shared = any(each.block_hashes or each.sampling.prompt_logprobs is not None for each in requests)
+        choices = Choices(
             call,
-            generation_request,
-            output,
-            client=self._client,
-            router=self._router,
-            feedback=self._feedback,
-            migration_limit=self._settings.migration_limit,
-            on_done=self._done,
+            num_prompts=len(requests),
+            n=options.n,
+            start=start,
+            together=not shared,
+            continuous_usage=options.continuous_usage,
         )
-        self._open.add(generation)
+        choices.start()
+
+    def _shown_prompt(
+        self, prompt: str | list[int], prompt_ids: TokenBuffer, options: AnswerOptions, *, asks_scores: bool
+    ) -> ShownPrompt:
+        ids = unpack(prompt_ids)
+        text = ""
+        if options.echo:
+            text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+        return ShownPrompt(ids, text, asks_scores)
+
+    def _start(
+        self, call: Call | ChoiceCall, request: GenerationRequest, options: AnswerOptions, details: Details | None
+    ) -> None:
+        output = OutputText(
+            self._tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens),
+            request.stops,
+            min_tokens=request.sampling.min_tokens,
+            stop_ids=request.stop_ids,
+        )
+        generation = Generation(call, request, output, self._shared, on_done=self._done, details=details)
+        self._open[generation] = None
         self._idle.clear()
         generation.start()
 
-    def _generation_request(self, request: validation.Request, prompt_ids: TokenBuffer) -> GenerationRequest:
+    def _generation_request(
+        self, request: validation.Request, prompt_ids: TokenBuffer, options: AnswerOptions
+    ) -> GenerationRequest:
+        num_ids, eos_ids = self._tokenizer.num_ids, self._tokenizer.eos_ids
         max_tokens = validation.resolve_max_tokens(request, num_tokens(prompt_ids), self._max_model_len)
-        stop_ids = validation.stop_token_ids(request, self._tokenizer.num_ids)
+        stop_ids = validation.stop_token_ids(request, num_ids)
         sampling = validation.sampling_params(
             request,
             defaults=self._defaults,
             max_tokens=max_tokens,
             stop_ids=stop_ids,
             draw_seed=lambda: self._rng.getrandbits(63),
+            bias=validation.logit_bias(request, num_ids),
+            allowed_ids=validation.allowed_token_ids(request, num_ids, eos_ids.union(stop_ids)),
+            num_top=options.num_top,
+            num_prompt_top=options.num_prompt_top,
         )
-        hashes = block_hashes(prompt_ids, self._block_size, model=self._models[0], cache_salt=request.cache_salt)
+        model = self._models[0]
+        lacking = self._instances.lacking(model, sampling)
+        if lacking is not None:
+            raise lacks(*lacking)
         return GenerationRequest(
-            model=self._models[0],
+            model=model,
             prompt_ids=prompt_ids,
-            block_hashes=hashes,
+            block_hashes=block_hashes(prompt_ids, self._block_size, model=model, cache_salt=request.cache_salt),
             sampling=sampling,
-            stop_ids=frozenset(stop_ids) if request.ignore_eos else self._tokenizer.eos_ids.union(stop_ids),
+            stop_ids=frozenset(stop_ids) if request.ignore_eos else eos_ids.union(stop_ids),
+            stops=validation.stop_strings(request),
             priority=request.priority or 0,
             cache_salt=request.cache_salt,
         )
 
     def _done(self, generation: Generation) -> None:
-        self._open.discard(generation)
+        self._open.pop(generation, None)
         self._set_idle()
 
     def _set_idle(self) -> None:

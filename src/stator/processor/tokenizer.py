@@ -48,7 +48,10 @@ class ModelTokenizer:
         self.special_ids = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self.eos_ids = frozenset(eos_ids or self._ids_of(special_tokens.get("eos_token")))
         settings: dict[str, Any] = msgspec.json.decode(tokenizer.to_str())
-        self._new_detokenizer = _detokenizer_factory(tokenizer, settings["decoder"], self.special_ids)
+        self._decoder: dict[str, Any] | None = settings["decoder"]
+        self._new_detokenizer = _detokenizer_factory(tokenizer, self._decoder, self.special_ids)
+        self._new_full_detokenizer: Callable[[], Detokenizer] | None = None
+        self._token_bytes = _Table(_token_bytes(tokenizer, self._decoder))
         self._words = WordCache.of(settings, self._encode_word)
 
     @classmethod
@@ -95,9 +98,18 @@ class ModelTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A new one, for one output."""
-        return self._new_detokenizer()
+        if skip_special_tokens:
+            return self._new_detokenizer()
+        if self._new_full_detokenizer is None:
+            self._new_full_detokenizer = _detokenizer_factory(self._tokenizer, self._decoder, frozenset())
+        return self._new_full_detokenizer()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for by itself, which need not be whole characters; of a special one its text, of an
+        unknown id nothing."""
+        return self._token_bytes[token_id]
 
     def _ids_of(self, token: str | None) -> tuple[int, ...]:
         token_id = None if token is None else self._tokenizer.token_to_id(token)
@@ -135,7 +147,29 @@ def _detokenizer_factory(
     pieces_factory = _sentencepiece_factory(steps, token)
     if pieces_factory is not None:
         return pieces_factory
-    return lambda: WindowDetokenizer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), special_ids)
+    skip = bool(special_ids)
+    return lambda: WindowDetokenizer(lambda ids: tokenizer.decode(ids, skip_special_tokens=skip), special_ids)
+
+
+def _token_bytes(tokenizer: tokenizers.Tokenizer, decoder: dict[str, Any] | None) -> Callable[[int], bytes]:
+    """By the same kinds as `_detokenizer_factory`."""
+    token = tokenizer.id_to_token
+    steps = _decoder_steps(decoder)
+    kinds = [step["type"] for step in steps]
+    if kinds in (["ByteLevel"], ["ByteLevel", "Fuse"]):
+        return lambda token_id: _byte_level_bytes(token(token_id))
+    if kinds == ["Metaspace"]:
+        mark: str = steps[0]["replacement"]
+        return lambda token_id: (token(token_id) or "").replace(mark, " ").encode()
+    make = _sentencepiece_piece(steps, token)
+    if make is None:
+        return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False).encode()
+
+    def of_piece(token_id: int) -> bytes:
+        piece = make(token_id)
+        return bytes([piece]) if isinstance(piece, int) else (piece or "").encode()
+
+    return of_piece
 
 
 def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -188,7 +222,19 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def _sentencepiece_factory(
     steps: list[dict[str, Any]], token: Callable[[int], str | None]
 ) -> Callable[[], Detokenizer] | None:
-    """For Replace*, ByteFallback, Fuse, and then perhaps Strip at the front; None for any other composition."""
+    make = _sentencepiece_piece(steps, token)
+    if make is None:
+        return None
+    strip: dict[str, Any] = steps[-1] if steps[-1]["type"] == "Strip" else {"content": " ", "start": 0}
+    pieces: _Table[str | int | None] = _Table(make)
+    return lambda: PieceDetokenizer(pieces, strip_char=strip["content"], strip_chars=strip["start"])
+
+
+def _sentencepiece_piece(
+    steps: list[dict[str, Any]], token: Callable[[int], str | None]
+) -> Callable[[int], str | int | None] | None:
+    """A token's text or byte, for Replace*, ByteFallback, Fuse, and then perhaps Strip at the front; None for any other
+    composition."""
     replacements: list[tuple[str, str]] = []
     rest = list(steps)
     while rest and rest[0]["type"] == "Replace" and "String" in rest[0]["pattern"]:
@@ -196,9 +242,7 @@ def _sentencepiece_factory(
         replacements.append((step["pattern"]["String"], step["content"]))
     if [step["type"] for step in rest[:2]] != ["ByteFallback", "Fuse"] or len(rest) > 3:
         return None
-    no_strip: dict[str, Any] = {"type": "Strip", "content": " ", "start": 0, "stop": 0}
-    strip = rest[2] if len(rest) == 3 else no_strip
-    if strip["type"] != "Strip" or strip["stop"]:
+    if len(rest) == 3 and (rest[2]["type"] != "Strip" or rest[2]["stop"]):
         return None
 
     def make(token_id: int) -> str | int | None:
@@ -210,5 +254,4 @@ def _sentencepiece_factory(
         as_byte = _BYTE_TOKEN.fullmatch(text)
         return text if as_byte is None else int(as_byte[1], 16)
 
-    pieces: _Table[str | int | None] = _Table(make)
-    return lambda: PieceDetokenizer(pieces, strip_char=strip["content"], strip_chars=strip["start"])
+    return make

@@ -5,7 +5,7 @@ vocabulary or its context. Every refusal names the field in `param`.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import msgspec
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.messages.engine import SamplingParams
 from stator.messages.openai import (
-    UNSUPPORTED_UNLESS,
     ChatCompletionRequest,
     CompletionRequest,
     RequestFields,
+    is_plain,
+    shows_prompt_only,
     unsupported_field,
 )
+from stator.messages.openai_fields import UNSUPPORTED_UNLESS
 from stator.processor import model_files
 
 Request = ChatCompletionRequest | CompletionRequest
@@ -28,7 +30,15 @@ Request = ChatCompletionRequest | CompletionRequest
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
+MAX_ALLOWED_TOKEN_IDS = 4096
+MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
+"""As vLLM allows by default."""
+MAX_N = 128
+MAX_CHOICES = 512
+"""Of all prompts of a request together; each is a sequence in an engine."""
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_ID_DIGITS = 10
 _INT32 = (-(2**31), 2**31 - 1)
 _INT64 = (-(2**63), 2**63 - 1)
 
@@ -80,6 +90,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "min_tokens": (lambda value: 0 <= value <= _INT32[1], "at least 0"),
     "max_tokens": (lambda value: 1 <= value <= _INT32[1], "at least 1"),
     "max_completion_tokens": (lambda value: 1 <= value <= _INT32[1], "at least 1"),
+    "n": _between(1, MAX_N),
+    "top_logprobs": _between(0, MAX_TOP_LOGPROBS),
+    "prompt_logprobs": _between(0, MAX_TOP_LOGPROBS),
 }
 
 
@@ -94,15 +107,23 @@ def check_model(request: RequestFields, models: tuple[str, ...]) -> None:
 
 def check_supported(request: Request) -> None:
     """Refuses the first field that asks for something unsupported, and `stream_options` without a stream."""
-    for name in ("n", "best_of"):
-        value = getattr(request, name, None)
-        if value is not None and value < 1:
-            raise _invalid(name, f"{name} must be at least 1, not {value}")
     name = unsupported_field(request)
+    if name == "best_of" and getattr(request, name) == (request.n or 1):
+        name = None
     if name is not None:
-        raise StatorError(ErrorCode.UNSUPPORTED, f"{name} is not supported yet: {_advice(name)}.", param=name)
+        raise StatorError(ErrorCode.UNSUPPORTED, f"{name} is not supported: {_advice(name)}.", param=name)
+    if not is_plain(request):
+        _check_details(request)
     if request.stream_options is not None and not request.stream:
         raise _invalid("stream_options", "stream_options is only allowed when stream is true")
+
+
+def _check_details(request: Request) -> None:
+    """What goes together of the fields that ask for more than text."""
+    if request.prompt_logprobs is not None and request.stream:
+        raise _invalid("prompt_logprobs", "prompt_logprobs is not available in a stream; leave out one of the two")
+    if isinstance(request, CompletionRequest) and not 0 <= (request.logprobs or 0) <= MAX_TOP_LOGPROBS:
+        raise _invalid("logprobs", f"logprobs must be between 0 and {MAX_TOP_LOGPROBS}, not {request.logprobs}")
 
 
 def _advice(name: str) -> str:
@@ -126,10 +147,43 @@ def check_ranges(request: Request) -> None:
         if value is None:
             continue
         accepts, expected = _RANGES[name]
-        if not accepts(value):
+        if not accepts(value) and not (name == "max_tokens" and value == 0 and shows_prompt_only(request)):
             raise _invalid(name, f"{name} must be {expected}, not {value}")
+    if isinstance(request, ChatCompletionRequest) and request.top_logprobs and not request.logprobs:
+        raise _invalid("top_logprobs", "top_logprobs needs logprobs to be true")
     if request.cache_salt == "":
         raise _invalid("cache_salt", "cache_salt must not be empty; leave it out to share the prefix cache")
+
+
+def logit_bias(request: Request, num_ids: int) -> tuple[tuple[int, float], ...]:
+    given = request.logit_bias
+    if not given:
+        return ()
+    if len(given) > MAX_LOGIT_BIAS:
+        raise _invalid("logit_bias", f"logit_bias takes at most {MAX_LOGIT_BIAS} token ids, not {len(given)}")
+    found: dict[int, float] = {}
+    for key, bias in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= MAX_ID_DIGITS):
+            raise _invalid("logit_bias", f"logit_bias: its keys are token ids, not {key[:32]!r}")
+        if not -100 <= bias <= 100:
+            raise _invalid("logit_bias", f"logit_bias: a value must be between -100 and 100, not {bias}")
+        found[int(key)] = bias
+    _check_in_vocabulary(list(found), num_ids, "logit_bias")
+    return tuple(found.items())
+
+
+def allowed_token_ids(request: Request, num_ids: int, ending_ids: Collection[int]) -> tuple[int, ...]:
+    """ending_ids: that end an output; they alone cannot make one of min_tokens."""
+    if request.allowed_token_ids is None:
+        return ()
+    ids = tuple(dict.fromkeys(request.allowed_token_ids))
+    if not 1 <= len(ids) <= MAX_ALLOWED_TOKEN_IDS:
+        raise _invalid("allowed_token_ids", f"allowed_token_ids takes 1 to {MAX_ALLOWED_TOKEN_IDS} ids, not {len(ids)}")
+    _check_in_vocabulary(ids, num_ids, "allowed_token_ids")
+    if request.min_tokens and all(token_id in ending_ids for token_id in ids):
+        message = f"allowed_token_ids has only tokens that end the output, but min_tokens is {request.min_tokens}"
+        raise _invalid("allowed_token_ids", message)
+    return ids
 
 
 def stop_strings(request: Request) -> tuple[str, ...]:
@@ -153,24 +207,26 @@ def stop_token_ids(request: Request, num_ids: int) -> tuple[int, ...]:
     return ids
 
 
-def single_prompt(request: CompletionRequest, num_ids: int) -> str | list[int]:
-    """The one prompt, text or token ids. Several in one request are refused."""
-    prompt: Any = request.prompt
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        if len(prompt) > 1:
-            raise StatorError(
-                ErrorCode.UNSUPPORTED,
-                f"prompt: {len(prompt)} prompts in one request are not supported yet: send one request for each.",
-                param="prompt",
-            )
-        prompt = prompt[0]
-    if not prompt:
-        raise _invalid("prompt", "prompt must not be empty")
-    if isinstance(prompt, list):
-        if not all(isinstance(token_id, int) for token_id in prompt):
-            raise _invalid("prompt", "prompt must be a text or a list of token ids, not a mixture")
-        _check_in_vocabulary(prompt, num_ids, "prompt")
-    return prompt
+def prompts(request: CompletionRequest, num_ids: int) -> list[str | list[int]]:
+    """One or more, each a text or token ids; none is empty."""
+    given: Any = request.prompt
+    several = isinstance(given, list) and bool(given) and isinstance(given[0], (str, list))
+    found: list[str | list[int]] = given if several else [given]
+    if len(found) * (request.n or 1) > MAX_CHOICES:
+        raise _invalid(
+            "prompt" if len(found) > MAX_CHOICES else "n",
+            f"{len(found)} prompts with n {request.n or 1} are more choices than the {MAX_CHOICES} that one request "
+            "may have: send several requests",
+        )
+    for index, prompt in enumerate(found):
+        where = f"prompt[{index}]" if several else "prompt"
+        if not prompt:
+            raise _invalid("prompt", f"{where} must not be empty")
+        if isinstance(prompt, list):
+            if {type(token_id) for token_id in prompt} != {int}:
+                raise _invalid("prompt", "prompt must be a text or a list of token ids, not a mixture")
+            _check_in_vocabulary(prompt, num_ids, "prompt")
+    return found
 
 
 def _check_in_vocabulary(ids: list[int] | tuple[int, ...], num_ids: int, param: str) -> None:
@@ -188,6 +244,9 @@ def resolve_max_tokens(request: Request, num_prompt_tokens: int, max_model_len: 
     prompt_param = "messages" if chat else "prompt"
     if num_prompt_tokens == 0:
         raise _invalid(prompt_param, f"{prompt_param} must not be empty")
+    if asked == 0:
+        # An engine samples at least one token; it is not shown.
+        asked = 1
     left = max_model_len - num_prompt_tokens
     context = f"This model's context is {max_model_len} tokens; the prompt has {num_prompt_tokens} tokens"
     if asked is not None and asked > left:
@@ -210,8 +269,12 @@ def sampling_params(
     max_tokens: int,
     stop_ids: tuple[int, ...],
     draw_seed: Callable[[], int],
+    bias: tuple[tuple[int, float], ...] = (),
+    allowed_ids: tuple[int, ...] = (),
+    num_top: int | None = None,
+    num_prompt_top: int | None = None,
 ) -> SamplingParams:
-    """Of a request that passed `check_ranges`.
+    """Of a request that passed `check_ranges`. num_top, num_prompt_top: as in `AnswerOptions`.
 
     A sampled request without a seed gets one here: only then can another engine continue it as the first would have.
     """
@@ -236,4 +299,16 @@ def sampling_params(
         repetition_penalty=repetition,
         stop_token_ids=stop_ids,
         ignore_eos=request.ignore_eos,
+        logprobs=num_top,
+        prompt_logprobs=num_prompt_top,
+        logit_bias=bias,
+        allowed_token_ids=allowed_ids,
     )
+
+
+def for_choice(sampling: SamplingParams, nth: int) -> SamplingParams:
+    """Of the nth choice of a prompt, from 0: its seed is the first one's plus nth, within 64 bits, as vLLM does it."""
+    if sampling.seed is None or not nth:
+        return sampling
+    seed = (sampling.seed + nth + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(sampling, seed=seed)

@@ -10,13 +10,16 @@ from stator.messages.engine import EngineLoad
 from stator.messages.processor import RouteRequest
 from stator.messages.reports import WorkerReport
 from stator.messages.routing import DecisionRecord, RouteObservations
-from stator.router.router import Router, router_mode
+from stator.router.router import Router, queue_limits, router_mode
 from stator.runtime.directory import InstanceDirectory
+from stator.runtime.settings import FollowSetting
 from stator.transport.base import Call, Endpoint, Target, TransportClient, TransportServer
 
 
 class LocalRouter:
-    """A Router behind endpoints of the Processor's own server, so that routing has one way of being called."""
+    """A Router behind endpoints of the Processor's own server, so that routing has one way of being called.
+
+    follow: see Router.follow_settings."""
 
     def __init__(
         self,
@@ -27,10 +30,18 @@ class LocalRouter:
         directory: InstanceDirectory,
         config: ProcessorConfig,
         rng: Random,
+        follow: FollowSetting | None = None,
     ) -> None:
         self._router = Router(
-            client=client, directory=directory, mode=router_mode(config.router), min_workers=1, rng=rng
+            client=client,
+            directory=directory,
+            mode=router_mode(config.router),
+            min_workers=1,
+            rng=rng,
+            limits=queue_limits(config),
         )
+        if follow is not None:
+            self._router.follow_settings(follow, "router")
         server.register(Endpoint("route", RouteRequest, self._router.route))
         server.register(Endpoint("observe", RouteObservations, self._router.observe))
         self.target = Target(server.addresses, "route", instance_id)

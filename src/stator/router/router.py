@@ -1,4 +1,5 @@
-"""The Router: answers `route` with a decode instance and keeps the booking as long as the call is open.
+"""The Router: answers `route` with a decode instance and keeps the booking as long as the call is open. A call for
+which there is no room is not answered until there is; those wait in `router.waiting`.
 
 The decision is `core.routing`'s. This shell feeds it: instances from the directory, the blocks they hold from the
 index, their load from their reports, and what became of its decisions from the Processors (`observe`).
@@ -7,13 +8,17 @@ index, their load from their reports, and what became of its decisions from the 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from random import Random
-from typing import Protocol
 
+from stator.config.schema import ProcessorConfig, RouterConfig
+from stator.core.admission import QueueLimits
+from stator.core.candidates import Candidate
 from stator.core.cost import overlap_difference
 from stator.core.overlap_check import outcome_of
-from stator.core.routing import Candidate, Choice, RouterMode, RoutingCore
+from stator.core.peer_bookings import BookingLog
+from stator.core.routing import Choice, NoRoom, RouterMode, RoutingCore
+from stator.core.worker_load import seqs_let_in
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo, EngineLoad
@@ -25,8 +30,12 @@ from stator.observability.monitor import WorkerMonitor
 from stator.router.counters import RouterCounters
 from stator.router.decisions import DecisionLog
 from stator.router.index import KvIndex
+from stator.router.peers import PeerExchange
 from stator.router.step_time import SpeedFactor, StepTimes, shipped_step_times
+from stator.router.waiting import WaitingCalls
+from stator.runtime.context import Clocks
 from stator.runtime.directory import DirectoryChange, InstanceDirectory
+from stator.runtime.settings import FollowSetting
 from stator.transport.base import Call, TransportClient
 
 logger = logging.getLogger(__name__)
@@ -34,15 +43,13 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 2.0
 MAX_RECORDS = 1000
 STALE_CHECK_MS = 50.0
+SLOWNESS_CHANGE = 0.1
+TELL_SLOWNESS = 3.0
 _UNKNOWN_ENGINE = EngineInfo("", "", "", 64, 0, 1, 0, 0)
 
 
-class Clocks(Protocol):
-    """Unix seconds for people, and seconds of a fine clock for how long a decision takes."""
-
-    def time(self) -> float: ...
-
-    def perf_counter(self) -> float: ...
+def queue_limits(config: RouterConfig | ProcessorConfig) -> QueueLimits:
+    return QueueLimits(config.max_queued_requests, config.max_queued_tokens, config.max_queue_wait * 1e3)
 
 
 def router_mode(name: str) -> RouterMode:
@@ -51,7 +58,9 @@ def router_mode(name: str) -> RouterMode:
 
 class Router:
     """min_workers: decode instances that must have been there once before anything is routed, so that the first
-    worker up does not take a whole start-up's load. Follows workers' blocks and reports in mode kv only."""
+    worker up does not take a whole start-up's load. limits: of the requests that wait for room. Workers' reports are
+    followed in all modes, for the room they have; their blocks in mode kv only. instance_id: of this router, if other
+    routers may ask it for its bookings (`bookings`), and it them."""
 
     def __init__(
         self,
@@ -61,10 +70,15 @@ class Router:
         mode: RouterMode,
         min_workers: int,
         rng: Random,
+        limits: QueueLimits | None = None,
         step_times: StepTimes | None = None,
         clocks: Clocks = time,
+        instance_id: InstanceId | None = None,
     ) -> None:
-        self._core = RoutingCore(mode, rng)
+        own = None if instance_id is None else BookingLog()
+        self._core = RoutingCore(mode, rng, own)
+        self._client = client
+        self._rng = rng
         self._now = asyncio.get_running_loop().time
         self._directory = directory
         self._min_workers = min_workers
@@ -75,37 +89,118 @@ class Router:
         self._factors: dict[tuple[str, str, str], SpeedFactor] = {}
         self._enough_workers: set[str] = set()
         self._by_model: dict[str, tuple[list[Candidate], dict[InstanceId, InstanceInfo]]] = {}
+        self._most_tokens: dict[str, int] = {}
         self._stale: dict[str, tuple[float, frozenset[InstanceId]]] = {}
+        self._slowness: dict[InstanceId, float] = {}
+        self._waiting = WaitingCalls(
+            limits or QueueLimits(),
+            rng,
+            place=self._place,
+            num_instances=lambda model: len(self._candidates(model)[0]),
+            no_instance=lambda model: self._no_instance(model, 0),
+            refused=self._counters.refused,
+        )
         self._unsubscribe = directory.subscribe(self._changed)
-        self.index: KvIndex | None = None
-        self._monitor: WorkerMonitor | None = None
-        if mode is RouterMode.KV:
-            self.index = KvIndex(client=client, directory=directory, rng=rng)
-            self._monitor = WorkerMonitor(
-                client=client, directory=directory, sink=_LoadSink(self), rng=rng, roles=("decode",)
+        self.peers: PeerExchange | None = None
+        if own is not None and instance_id is not None:
+            self.peers = PeerExchange(
+                client=client,
+                directory=directory,
+                own_id=instance_id,
+                log=own,
+                into=self._core.others,
+                rng=rng,
+                on_room=self._waiting.look_soon,
             )
+        self.index: KvIndex | None = None
+        self._follow_blocks()
+        self._monitor = WorkerMonitor(
+            client=client, directory=directory, sink=_LoadSink(self), rng=rng, roles=("decode",)
+        )
+
+    def follow_settings(self, follow: FollowSetting, option: str) -> None:
+        """Change the mode with the deployment's setting. option: of the service's section, which has the mode."""
+        follow("router-mode", option, lambda value: self.set_mode(RouterMode(value)))
+
+    def set_mode(self, mode: RouterMode) -> None:
+        """From the next decision on. Bookings, reports and what was learned of workers stay; in mode kv the index is
+        built anew from the workers' snapshots, within about a second."""
+        self._core.set_mode(mode)
+        self._follow_blocks()
+        self._waiting.look_soon()
+
+    def _follow_blocks(self) -> None:
+        wanted = self._core.mode is RouterMode.KV
+        if self.index is not None and not wanted:
+            self.index.close()
+            self.index = None
+        elif self.index is None and wanted:
+            self.index = KvIndex(client=self._client, directory=self._directory, rng=self._rng)
+        self._stale.clear()
 
     def route(self, call: Call) -> None:
-        """Endpoint `route`: RouteRequest in, one RouteDecision out; the call then stays open as the booking."""
+        """Endpoint `route`: RouteRequest in, one RouteDecision out, as soon as there is room for the request; the call
+        then stays open as the booking."""
         started = self._clocks.perf_counter()
         request: RouteRequest = call.request
-        candidates, infos = self._candidates(request.model)
+        if request.begun:
+            # A router before this one served already, whose start-up is over.
+            self._enough_workers.add(request.model)
+        if request.booked_on is not None:
+            self._book_again(call, request, request.booked_on)
+            return
+        candidates, _ = self._candidates(request.model)
         if not self._ready(request.model, len(candidates)):
             call.end(self._no_instance(request.model, len(candidates)))
             return
-        choice = self._choose(request, candidates)
-        if choice is None:
+        most = self._most_tokens[request.model]
+        if most and request.num_prompt_tokens + request.max_tokens - 1 > most:
+            call.end(_too_large(request, most))
+        elif not candidates:
             call.end(self._no_instance(request.model, 0))
-            return
-        call.on_cancel(lambda: self._core.release(choice.booking, self._now() * 1e3))
+        elif self._waiting.waits(request.model):
+            # Those that wait are first, and the line says who may overtake.
+            self._waiting.join(call, request, self._core.need(request, candidates, self._now() * 1e3))
+        else:
+            choice = self._choose(request, candidates, ())
+            if isinstance(choice, NoRoom):
+                self._waiting.join(call, request, choice.need)
+            else:
+                self._answer(call, request, choice, started, 0.0)
+
+    def _place(
+        self, call: Call, request: RouteRequest, waited_s: float, reserved: Container[InstanceId]
+    ) -> InstanceId | None:
+        """Answer a call that waits, or say what it waits for."""
+        started = self._clocks.perf_counter()
+        choice = self._choose(request, self._candidates(request.model)[0], reserved)
+        if isinstance(choice, NoRoom):
+            return choice.waits_for
+        self._answer(call, request, choice, started, waited_s)
+        return None
+
+    def _answer(self, call: Call, request: RouteRequest, choice: Choice, started: float, waited_s: float) -> None:
+        call.on_cancel(lambda: self._release(choice.booking))
         if call.cancelled:
             return
-        info = infos[choice.winner]
+        info = self._candidates(request.model)[1][choice.winner]
         decision = RouteDecision(choice.winner, info.addresses, choice.overlap.blocks, choice.cost_ms, choice.booking)
         call.items([decision])
         block_size = (info.engine or _UNKNOWN_ENGINE).block_size
         self._log.add(call.context.request_id, self._clocks.time(), request, choice, block_size, self._basis(choice))
-        self._counters.decided(choice.mode.value, self._clocks.perf_counter() - started)
+        self._counters.decided(choice.mode.value, self._clocks.perf_counter() - started, waited_s)
+
+    def _book_again(self, call: Call, request: RouteRequest, instance_id: InstanceId) -> None:
+        """The request runs there whatever we know of the instance; it must count, and wait for nothing."""
+        known = (c for c in self._candidates(request.model)[0] if c.instance_id == instance_id)
+        booking = self._core.book_existing(request, next(known, Candidate(instance_id)), self._now() * 1e3)
+        call.on_cancel(lambda: self._release(booking))
+        if not call.cancelled:
+            call.items([RouteDecision(instance_id, (), booking=booking)])
+
+    def _release(self, booking: int) -> None:
+        self._core.release(booking, self._now() * 1e3)
+        self._waiting.look_soon()
 
     def observe(self, call: Call) -> None:
         """Endpoint `observe`: RouteObservations in, nothing out."""
@@ -113,7 +208,15 @@ class Router:
         now = self._now() * 1e3
         for observation in request.observations:
             self._observe(observation, now)
+        self._waiting.look_soon()
         call.end()
+
+    def bookings(self, call: Call) -> None:
+        """Endpoint `bookings`: BookingsRequest in, BookingChanges out, for the other routers."""
+        if self.peers is None:
+            call.end(StatorError(ErrorCode.NOT_FOUND, "this router keeps its bookings to itself"))
+        else:
+            self.peers.bookings(call)
 
     def decisions(self, call: Call) -> None:
         """Endpoint `decisions`: DecisionsRequest in, DecisionRecords out, the newest first."""
@@ -123,7 +226,13 @@ class Router:
 
     def report(self) -> WorkerReport:
         """The router's figures, in the form that every instance reports in."""
-        stats = self._counters.stats(num_bookings=self._core.num_bookings, index=self._index_stats())
+        stats = self._counters.stats(
+            num_bookings=self._core.num_bookings,
+            num_waiting=self._waiting.num_waiting,
+            num_waiting_tokens=self._waiting.num_waiting_tokens,
+            index=self._index_stats(),
+            peers=None if self.peers is None else self.peers.stats(),
+        )
         return WorkerReport(EngineLoad(), router=stats)
 
     def ready(self, model: str) -> bool:
@@ -133,23 +242,33 @@ class Router:
 
     def close(self) -> None:
         self._unsubscribe()
-        if self._monitor is not None:
-            self._monitor.close()
+        self._waiting.close()
+        self._monitor.close()
+        if self.peers is not None:
+            self.peers.close()
         if self.index is not None:
             self.index.close()
 
     # Decisions
 
-    def _choose(self, request: RouteRequest, candidates: list[Candidate]) -> Choice | None:
-        now, index = self._now() * 1e3, self.index
+    def _choose(
+        self, request: RouteRequest, candidates: list[Candidate], reserved: Container[InstanceId]
+    ) -> Choice | NoRoom:
+        """candidates: at least one."""
+        now, index, peers = self._now() * 1e3, self.index, self.peers
+        if peers is not None:
+            self._core.peer_lag_ms = peers.lag_ms()
         if index is None:
-            return self._core.choose(request, candidates, now)
-        held = index.overlaps(request.block_hashes)
-        looked_at, stale = self._stale.get(request.model, (now - STALE_CHECK_MS, frozenset[InstanceId]()))
-        if now - looked_at >= STALE_CHECK_MS:
-            stale = frozenset(c.instance_id for c in candidates if not index.trusted(c.instance_id))
-            self._stale[request.model] = (now, stale)
-        return self._core.choose(request, candidates, now, held=held, stale=stale)
+            choice = self._core.admit(request, candidates, now, reserved=reserved)
+        else:
+            held = index.overlaps(request.block_hashes)
+            looked_at, stale = self._stale.get(request.model, (now - STALE_CHECK_MS, frozenset[InstanceId]()))
+            if now - looked_at >= STALE_CHECK_MS:
+                stale = frozenset(c.instance_id for c in candidates if not index.trusted(c.instance_id))
+                self._stale[request.model] = (now, stale)
+            choice = self._core.admit(request, candidates, now, held=held, stale=stale, reserved=reserved)
+        assert choice is not None
+        return choice
 
     def _basis(self, choice: Choice) -> str:
         """What the predicted overlap rests on; a wrong prediction counts against the events only if it is "events"."""
@@ -163,9 +282,10 @@ class Router:
         booking = observation.booking
         decided = self._log.by_booking(booking)
         if observation.failed:
-            self._core.failed(booking)
+            self._core.failed(booking, now)
         elif observation.num_cached_tokens is not None:
-            self._core.first_token(booking, now)
+            computed_here = None if observation.fetched else observation.num_cached_tokens
+            self._core.first_token(booking, now, computed_here)
         if decided is None:
             return
         decided.failed = decided.failed or observation.failed
@@ -207,12 +327,23 @@ class Router:
         if known is None:
             infos = {i.instance_id: i for i in self._directory.instances(role="decode", model=model)}
             known = self._by_model[model] = ([self._candidate(info) for info in infos.values()], infos)
+            sizes = [candidate.num_kv_tokens for candidate in known[0]]
+            self._most_tokens[model] = max(sizes) if sizes and all(sizes) else 0
         return known
 
     def _candidate(self, info: InstanceInfo) -> Candidate:
         engine = info.engine or _UNKNOWN_ENGINE
         step_time = self._step_times.of(engine) or self._factor(engine).step_time
-        return Candidate(info.instance_id, engine.max_num_seqs, engine.block_size, step_time)
+        slowness = self._slowness.get(info.instance_id, 1.0)
+        return Candidate(
+            info.instance_id,
+            engine.max_num_seqs,
+            engine.block_size,
+            step_time if slowness == 1.0 else step_time.scaled(slowness),
+            max_seqs=0 if info.engine is None else seqs_let_in(engine.max_num_seqs),
+            num_kv_tokens=engine.num_blocks * engine.block_size,
+            slowness=slowness,
+        )
 
     def _factor(self, engine: EngineInfo) -> SpeedFactor:
         kind = (engine.engine, engine.model_id or engine.model, engine.device)
@@ -246,15 +377,35 @@ class Router:
         self._stale.clear()
         for instance in change.removed:
             self._core.drop_worker(instance.instance_id)
+            self._waiting.forget_instance(instance.instance_id)
+            self._slowness.pop(instance.instance_id, None)
             for factor in self._factors.values():
                 factor.forget(instance.instance_id)
+        self._waiting.look_soon()
 
     def take_report(self, instance: InstanceInfo, report: WorkerReport) -> None:
         now = self._now() * 1e3
-        self._core.load(instance.instance_id).report(report.load, report.prefills, now)
         engine = instance.engine or _UNKNOWN_ENGINE
+        load = self._core.load(instance.instance_id)
+        load.report(report.load, report.prefills, now, block_size=0 if instance.engine is None else engine.block_size)
         if self._step_times.of(engine) is None and self._factor(engine).report(instance.instance_id, report.load, now):
             self._by_model.clear()
+        self._follow_speed(instance.instance_id, now)
+        self._waiting.look_soon()
+
+    def _follow_speed(self, instance_id: InstanceId, now: float) -> None:
+        slowness, applied = self._core.speeds.slowness(instance_id, now), self._slowness.get(instance_id, 1.0)
+        if slowness == applied or (slowness != 1.0 and abs(slowness / applied - 1) < SLOWNESS_CHANGE):
+            return
+        if max(slowness, 1.0) >= TELL_SLOWNESS > max(applied, 1.0):
+            logger.warning(
+                "worker %s takes about %.1f times as long as others to its first tokens; it gets fewer requests until "
+                "that ends. Look for a throttled or shared GPU there, or a slow network",
+                instance_id,
+                slowness,
+            )
+        self._slowness[instance_id] = slowness
+        self._by_model.clear()
 
     def _index_stats(self) -> IndexStats | None:
         if self.index is None:
@@ -280,3 +431,13 @@ class _LoadSink:
 
     def remove(self, instance_id: InstanceId) -> None:
         pass
+
+
+def _too_large(request: RouteRequest, most: int) -> StatorError:
+    num_tokens = request.num_prompt_tokens + request.max_tokens
+    return StatorError(
+        ErrorCode.INVALID_REQUEST,
+        f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.max_tokens}, together "
+        f"{num_tokens}; the largest worker of {request.model} holds {most}. Shorten the prompt or lower max_tokens",
+        param="max_tokens",
+    )

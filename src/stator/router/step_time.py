@@ -1,15 +1,13 @@
-"""Which step-time constants hold for a worker: those shipped for its engine, model and device, or a scaled fallback."""
+"""How long the steps of a worker take: the shipped constants (`config.step_times`), or a fallback scaled by reports."""
 
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
+from statistics import median
 
-from stator.core.cost import StepTime, StepTimeRow, find_row
+from stator.config.step_times import StepTimes, shipped_step_times
+from stator.core.cost import StepTime
 from stator.ids import InstanceId
-from stator.messages.engine import EngineInfo, EngineLoad
+from stator.messages.engine import EngineLoad
+
+__all__ = ["SpeedFactor", "StepTimes", "shipped_step_times"]
 
 MIN_FACTOR, MAX_FACTOR = 0.01, 100.0
 FACTOR_WEIGHT = 0.3
@@ -17,37 +15,9 @@ MIN_STEPS = 5
 CHANGE = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """The shipped table."""
-
-    rows: tuple[StepTimeRow, ...]
-    fallback: StepTime
-
-    def of(self, info: EngineInfo | None) -> StepTime | None:
-        """None when no row matches."""
-        if info is None:
-            return None
-        row = find_row(self.rows, engine=info.engine, model=info.model_id or info.model, device=info.device)
-        return None if row is None else row.step_time
-
-
-@cache
-def shipped_step_times() -> StepTimes:
-    table = tomllib.loads((files("stator.router") / "step_time.toml").read_text(encoding="utf-8"))
-    rows: Sequence[Mapping[str, Any]] = table["row"]
-    return StepTimes(
-        tuple(StepTimeRow(r["engine"], r["model"], r["device"], _step_time(r), r["source"]) for r in rows),
-        _step_time(table["fallback"]),
-    )
-
-
-def _step_time(row: Mapping[str, Any]) -> StepTime:
-    return StepTime(*(float(row[name]) for name in ("a", "b", "c", "d0", "d1", "d2")))
-
-
 class SpeedFactor:
-    """How much slower (above 1) than the fallback constants the workers of one kind are, by their own reports.
+    """How much slower (above 1) than the fallback constants the workers of one kind are, by their own reports: the
+    median worker, so that a slow one among them is told from a slow kind (core.instance_speed).
 
     Only intervals at whose both ends a worker had requests count: then it computed all the time, and what it computed
     should have taken the interval's length. A short idle time in between makes it look a little slower than it is.
@@ -57,7 +27,7 @@ class SpeedFactor:
     def __init__(self, base: StepTime) -> None:
         self.step_time = base
         self._base = base
-        self._factor: float | None = None
+        self._factors: dict[InstanceId, float] = {}
         self._applied = 1.0
         self._last: dict[InstanceId, tuple[float, EngineLoad]] = {}
 
@@ -70,11 +40,13 @@ class SpeedFactor:
         factor = self._factor_of(load, last[1], now_ms - last[0])
         if factor is None:
             return False
-        self._factor = factor if self._factor is None else self._factor + FACTOR_WEIGHT * (factor - self._factor)
-        if abs(self._factor / self._applied - 1) < CHANGE:
+        known = self._factors.get(instance_id, factor)
+        self._factors[instance_id] = known + FACTOR_WEIGHT * (factor - known)
+        usual = median(self._factors.values())
+        if abs(usual / self._applied - 1) < CHANGE:
             return False
-        self._applied = self._factor
-        self.step_time = self._base.scaled(self._factor)
+        self._applied = usual
+        self.step_time = self._base.scaled(usual)
         return True
 
     def _factor_of(self, after: EngineLoad, before: EngineLoad, interval_ms: float) -> float | None:
@@ -89,3 +61,4 @@ class SpeedFactor:
 
     def forget(self, instance_id: InstanceId) -> None:
         self._last.pop(instance_id, None)
+        self._factors.pop(instance_id, None)

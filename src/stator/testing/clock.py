@@ -45,6 +45,10 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now
 
+    def advance(self, seconds: float) -> None:
+        """As if the callback that runs now took so long."""
+        self._jumping.now += seconds
+
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         """Without a timeout: on a clock that jumps it would pass before any thread could end."""
         await super().shutdown_default_executor()

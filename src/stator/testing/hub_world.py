@@ -30,10 +30,15 @@ TOKEN = "a token for tests"
 
 @dataclass(frozen=True, slots=True)
 class WorldLimits:
-    """lease_ttl_s: what scenarios ask for. timeout_s: of a client's calls."""
+    """lease_ttl_s: what scenarios ask for. timeout_s: of a client's calls. return_window_s: see discovery.base.
+    revisions_outlive_the_state: a server that lost its state goes on with higher ones. lease_end_s: how long a queue
+    may take to hear of the end of a lease."""
 
     lease_ttl_s: float = 10.0
     timeout_s: float = 5.0
+    return_window_s: float = 2.0
+    revisions_outlive_the_state: bool = True
+    lease_end_s: float = 0.0
     queue: QueueLimits = QueueLimits(max_waiting=8, max_dead_letters=4)
     keys: KeyStoreLimits = KeyStoreLimits(max_value_bytes=512 * 1024)
 
@@ -147,7 +152,13 @@ class HubWorld:
         timeout_s = self.limits.timeout_s
         addresses = (self._address,)
         discovery = HubDiscovery(
-            client, addresses, namespace=namespace, timeout_s=timeout_s, random_source=self._random
+            client,
+            addresses,
+            namespace=namespace,
+            timeout_s=timeout_s,
+            random_source=self._random,
+            return_window_s=self.limits.return_window_s,
+            grace_s=self.limits.lease_ttl_s + self.limits.return_window_s,
         )
         queue = HubQueue(client, addresses, namespace=namespace, timeout_s=timeout_s, random_source=self._random)
         party = _Party(discovery, queue, client.close)

@@ -1,5 +1,6 @@
 """A deployment in one process, for what routing does to caches: decode workers with engines, a Router and a
-Processor, all the product's own and connected over loopback TCP; discovery in memory."""
+Processor, all the product's own and connected over loopback TCP, or in process, where a virtual clock may drive all of
+it; discovery in memory."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from stator.core.admission import QueueLimits
 from stator.core.disagg import DisaggPolicy
 from stator.core.routing import RouterMode
 from stator.discovery.base import Lease
@@ -17,6 +19,8 @@ from stator.discovery.memory import MemoryDiscovery, MemoryKeyStore
 from stator.engines.base import Engine
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.engine import LocalEngine, RunnerFactory
+from stator.engines.sim.args import SimEngineArgs
+from stator.engines.sim.engine import SimEngine
 from stator.errors import StatorError
 from stator.ids import InstanceId, RequestId
 from stator.messages.engine import EngineLoad, EngineRequest
@@ -32,7 +36,15 @@ from stator.queue.memory import MemoryQueue
 from stator.router import Router
 from stator.runtime.context import CallContext, loop_time
 from stator.runtime.directory import InstanceDirectory, register_instance
-from stator.transport import Endpoint, Identity, Listen, RequestPlaneClient, RequestPlaneServer, Target
+from stator.transport import (
+    Endpoint,
+    Identity,
+    InProcessNetwork,
+    Listen,
+    RequestPlaneClient,
+    RequestPlaneServer,
+    Target,
+)
 from stator.worker import DecodeWorker, KvPublisher, WorkerHost
 
 EngineFactory = Callable[[], Engine]
@@ -40,6 +52,10 @@ EngineFactory = Callable[[], Engine]
 
 def local_engines(args: LocalEngineArgs, runner_factory: RunnerFactory) -> EngineFactory:
     return lambda: LocalEngine(args, runner_factory=runner_factory, rng=Random(1))
+
+
+def sim_engines(args: SimEngineArgs) -> EngineFactory:
+    return lambda: SimEngine(args, rng=Random(1))
 
 
 TOKEN = "a-token-for-tests-only-0123456789"
@@ -109,10 +125,13 @@ class Worker:
 
 @dataclass
 class RoutingWorld:
-    """mode: of the Router. Build with `routing_world`."""
+    """mode: of the Router; limits: of the requests that wait there. in_process: connect without sockets. Build with
+    `routing_world`."""
 
     mode: RouterMode
     rng: Random
+    limits: QueueLimits | None = None
+    in_process: bool = False
     store: MemoryKeyStore = field(default_factory=MemoryKeyStore)
     workers: list[Worker] = field(default_factory=list[Worker])
 
@@ -120,17 +139,23 @@ class RoutingWorld:
         self.discovery = MemoryDiscovery(self.store)
         self.queue = MemoryQueue(self.store)
         self.directory = InstanceDirectory(self.discovery)
-        self.client = RequestPlaneClient(Identity(token=TOKEN))
+        self.network = InProcessNetwork()
+        self.client = RequestPlaneClient(Identity(token=TOKEN), network=self.network)
         self.servers: list[RequestPlaneServer] = []
         self.num_requests = 0
 
     async def start(self, num_workers: int, make_engine: EngineFactory) -> None:
         await self.directory.start()
         for number in range(num_workers):
-            await self._add_worker(f"worker-{number}", make_engine())
+            await self.add_worker(f"worker-{number}", make_engine())
         await self.directory.wait_for(lambda d: len(d.instances(role="decode")) == num_workers, READY_S)
         self.router = Router(
-            client=self.client, directory=self.directory, mode=self.mode, min_workers=num_workers, rng=self.rng
+            client=self.client,
+            directory=self.directory,
+            mode=self.mode,
+            min_workers=num_workers,
+            rng=self.rng,
+            limits=self.limits,
         )
         route = await self._serve(
             "router",
@@ -161,9 +186,9 @@ class RoutingWorld:
         if index is not None:
             await eventually(lambda: all(index.trusted(w.instance.instance_id) for w in self.workers))
 
-    async def _add_worker(self, name: str, engine: Engine) -> None:
+    async def add_worker(self, name: str, engine: Engine) -> None:
         identity = Identity(instance_id=InstanceId(name), role="decode", token=TOKEN)
-        client, server = RequestPlaneClient(identity), RequestPlaneServer(identity, Listen())
+        client, server = RequestPlaneClient(identity, network=self.network), self._server(identity)
         await server.start()
         host = WorkerHost(instance_id=identity.instance_id, client=client, server=server, on_dead=lambda _: None)
         info = await engine.start(host)
@@ -184,23 +209,40 @@ class RoutingWorld:
         self.workers.append(Worker(engine, publisher, requests, reporter, server, client, lease, instance))
 
     async def _serve(self, name: str, *endpoints: Endpoint) -> tuple[str, ...]:
-        server = RequestPlaneServer(Identity(instance_id=InstanceId(name), token=TOKEN), Listen())
+        server = self._server(Identity(instance_id=InstanceId(name), token=TOKEN))
         for endpoint in endpoints:
             server.register(endpoint)
         await server.start()
         self.servers.append(server)
         return server.addresses
 
+    def _server(self, identity: Identity) -> RequestPlaneServer:
+        listen = Listen(host=None, inproc_name=identity.instance_id) if self.in_process else Listen()
+        return RequestPlaneServer(identity, listen, network=self.network)
+
     def targets(self, endpoint: str) -> list[Target]:
         return [Target(self.processor_addresses, endpoint)]
 
-    async def ask(self, prompt: Sequence[int], max_tokens: int = 4, headers: dict[str, str] | None = None) -> Answer:
-        """One completion, start to end."""
+    async def ask(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 4,
+        headers: dict[str, str] | None = None,
+        *,
+        deadline_s: float = 300.0,
+        priority: int = 0,
+    ) -> Answer:
+        """One completion, start to end. Raises the StatorError that it ended with."""
         sink, begin = _Sink(), loop_time()
         self.num_requests += 1
-        context = CallContext(RequestId(f"r{self.num_requests}"), begin + 300, headers or {})
+        context = CallContext(RequestId(f"r{self.num_requests}"), begin + deadline_s, headers or {})
         request = CompletionRequest(
-            model=MODEL, prompt=list(prompt), max_tokens=max_tokens, temperature=0.0, ignore_eos=True
+            model=MODEL,
+            prompt=list(prompt),
+            max_tokens=max_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            priority=priority or None,
         )
         target = self.targets("completions")[0]
         handle = self.client.open(target, request, sink, context=context, item_type=CompletionDelta)
@@ -244,9 +286,15 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> 
 
 @asynccontextmanager
 async def routing_world(
-    mode: RouterMode, num_workers: int, make_engine: EngineFactory, *, seed: int = 1
+    mode: RouterMode,
+    num_workers: int,
+    make_engine: EngineFactory,
+    *,
+    seed: int = 1,
+    limits: QueueLimits | None = None,
+    in_process: bool = False,
 ) -> AsyncGenerator[RoutingWorld]:
-    world = RoutingWorld(mode, Random(seed))
+    world = RoutingWorld(mode, Random(seed), limits, in_process)
     try:
         await world.start(num_workers, make_engine)
         yield world

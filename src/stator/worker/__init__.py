@@ -5,11 +5,13 @@ from stator.worker.engine import make_engine, start_engine
 from stator.worker.host import WorkerHost
 from stator.worker.kv_events import KvPublisher
 from stator.worker.prefill import PrefillWorker
+from stator.worker.progress import ProgressWatchdog
 
 __all__ = [
     "DecodeWorker",
     "KvPublisher",
     "PrefillWorker",
+    "ProgressWatchdog",
     "WorkerHost",
     "disagg_policy",
     "make_engine",

@@ -2,13 +2,17 @@
 
 A request's tokens go from the engine straight into the call of the transport; nothing here runs per token. What is
 remote about a prefill is decided in `core.disagg` and `core.remote_prefill`; this shell carries out their effects.
+
+Whatever ends a request here ends its work at once wherever that is: in the engine (`abort`), on the queue (`cancel`),
+and at the prefill worker that has the job (its call of `prefill_taken` ends).
 """
 
 import asyncio
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 
@@ -16,16 +20,18 @@ from stator.config.schema import VllmWorkerConfig
 from stator.core import remote_prefill
 from stator.core.disagg import DisaggPolicy, choose_prefill
 from stator.core.pairing import Left, Paired, PrefillPeers, Refused, differences, in_words
-from stator.core.remote_prefill import CancelJob, RemotePrefill, Reply, StartFetched, StartLocal
+from stator.core.remote_prefill import CancelJob, EndCrashed, RemotePrefill, Reply, StartFetched, StartLocal
+from stator.core.sequence_limits import computes_whole_prompt
 from stator.engines.base import Engine
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId, JobId, RequestId
-from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, PrefillDoneReply, PrefillJob
+from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, PrefillDoneReply, PrefillJob, PrefillTaken
 from stator.messages.reports import WorkerReport
 from stator.messages.tokens import num_tokens
-from stator.queue.base import JobQueue
+from stator.queue.base import JobQueue, QueueLoss
 from stator.runtime.context import loop_time
 from stator.runtime.directory import DirectoryChange, InstanceDirectory
+from stator.runtime.settings import FollowSetting
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Call
 from stator.worker.host import WorkerHost
@@ -34,6 +40,19 @@ logger = logging.getLogger(__name__)
 
 REMOTE_PREFILL_TIMEOUT_S = 25.0
 """When a remote prefill is late. Longer than a lease, so that a job of a dead prefill node is redelivered first."""
+
+CANCEL_TIMEOUT_S = 1.0
+"""For how long a worker that stops tries to take its jobs off the queue. Those that stay find nobody who wants them."""
+
+
+PUT_TIMEOUT_S = 1.0
+"""For the queue to take a job: it is a message to a peer, and a client waits for its first token."""
+
+QUEUE_RETRY_S = 5.0
+"""After a put that failed: so long no other is tried, unless the queue is heard of before."""
+
+QUEUE_GRACE_S = 1.0
+"""A queue that is back within this has its jobs, if it is the same: they are waited for."""
 
 
 def prefill_queue(info: EngineInfo) -> str:
@@ -74,6 +93,8 @@ class _Pending:
     call: Call
     core: RemotePrefill
     late: asyncio.TimerHandle
+    taken: list[Call] = field(default_factory=list[Call])
+    """Of the prefill workers that have the job, or had it."""
 
 
 class DecodeWorker:
@@ -99,6 +120,8 @@ class DecodeWorker:
         self._timeout_s = remote_prefill_timeout_s
         self._tasks = TaskOwner(f"decode worker {host.instance_id}")
         self._pending: dict[JobId, _Pending] = {}
+        self._in_engine: dict[RequestId, Call] = {}
+        self._cancels: set[asyncio.Task[None]] = set()
         self._num_open = 0
         self._num_accepted = 0
         self._idle = asyncio.Event()
@@ -106,6 +129,9 @@ class DecodeWorker:
         self._draining = False
         self._queue_waiting = 0
         self._puts_since_size = 0
+        self._queue_lost = False
+        self._no_put_before = 0.0
+        self._doubt_ends: asyncio.TimerHandle | None = None
         self._peers = PrefillPeers(info.pairing)
         self._unsubscribe: Callable[[], None] | None = None
         self._prefills = {"local": 0, "remote": 0, "fallback": 0}
@@ -116,6 +142,30 @@ class DecodeWorker:
         self._unsubscribe = self._directory.subscribe(self._on_directory_change)
         self._see_prefillers()
         self._tasks.spawn(self._watch_queue(), "watch queue size")
+
+    def follow_settings(self, follow: FollowSetting) -> None:
+        """Apply what the deployment's settings say in place of the policy, from now on. Where remote prefill is off
+        there is nothing to decide."""
+        if self._policy.remote_prefill:
+            follow("conditional-disagg", "conditional_disagg", lambda value: self._set(conditional_disagg=value))
+            follow(
+                "max-local-prefill-length",
+                "max_local_prefill_length",
+                lambda value: self._set(max_local_prefill_length=value),
+            )
+            follow(
+                "max-prefill-queue-size",
+                "max_prefill_queue_size",
+                lambda value: self._set(max_prefill_queue_size=value),
+            )
+
+    def _set(self, **changes: Any) -> None:
+        self._policy = replace(self._policy, **changes)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return self._num_open
 
     def report(self) -> WorkerReport:
         seen: dict[str, int] = {}
@@ -143,24 +193,32 @@ class DecodeWorker:
             num_cached_tokens=self._engine.cached_prefix_tokens(request) if self._policy.remote_prefill else 0,
             num_waiting_jobs=self._queue_waiting + self._puts_since_size,
             num_prefillers=self._peers.num_paired,
+            queue_answers=not self._queue_lost and loop_time() >= self._no_put_before,
         )
         if logger.isEnabledFor(logging.DEBUG):
             where = "remotely" if choice.remote else "locally"
             logger.debug(
                 "prefilling %s (%d tokens) %s: %s", request.request_id, num_prompt_tokens, where, choice.reason
             )
-        if choice.remote and num_prompt_tokens + 1 <= self._info.max_model_len:
+        whole_here = computes_whole_prompt(request.sampling)
+        if choice.remote and not whole_here and num_prompt_tokens + 1 <= self._info.max_model_len:
             self._prefill_remotely(request, call)
         else:
             self._prefills["local"] += 1
             self._start_engine(request, call)
 
     def _start_engine(self, request: EngineRequest, call: Call) -> None:
-        call.on_cancel(lambda: self._engine.abort(request.request_id))
+        request_id = request.request_id
+        call.on_cancel(lambda: self._engine.abort(request_id))
         if call.cancelled:
             self._ended()
             return
-        self._engine.generate(request, _EngineSink(call, self._ended))
+        self._in_engine[request_id] = call
+        self._engine.generate(request, _EngineSink(call, lambda: self._engine_ended(request_id)))
+
+    def _engine_ended(self, request_id: RequestId) -> None:
+        del self._in_engine[request_id]
+        self._ended()
 
     def _ended(self) -> None:
         self._num_open -= 1
@@ -194,8 +252,14 @@ class DecodeWorker:
         if left is not None:
             deadline_s = min(deadline_s, max(0.0, left))
         try:
-            await self._queue.put(pending.job_id, msgspec.msgpack.encode(job), deadline_s=deadline_s)
+            async with asyncio.timeout(PUT_TIMEOUT_S):
+                await self._queue.put(pending.job_id, msgspec.msgpack.encode(job), deadline_s=deadline_s)
+        except TimeoutError:
+            self._no_put_before = loop_time() + QUEUE_RETRY_S
+            self._handle(pending, remote_prefill.GaveUp(f"the prefill queue took no job within {PUT_TIMEOUT_S:g} s"))
         except StatorError as error:
+            if error.code is ErrorCode.INSTANCE_LOST:
+                self._no_put_before = loop_time() + QUEUE_RETRY_S
             self._handle(pending, remote_prefill.GaveUp(f"the prefill queue refused the job: {error.message}"))
 
     def prefill_done(self, call: Call) -> None:
@@ -209,9 +273,25 @@ class DecodeWorker:
         result, error = done.result, done.error
         if result is not None and (refusal := self._refusal(done.prefill_instance)) is not None:
             result, error = None, refusal
-        self._handle(pending, remote_prefill.Completed(result, error), call)
+        self._handle(pending, remote_prefill.Completed(result, error, done.crashed), call, done.prefill_instance)
 
-    def _handle(self, pending: _Pending, event: remote_prefill.Event, reply_to: Call | None = None) -> None:
+    def prefill_taken(self, call: Call) -> None:
+        """Endpoint `prefill_taken`: PrefillTaken in, no item; the end says that the job is wanted no more."""
+        taken: PrefillTaken = call.request
+        pending = self._pending.get(taken.job_id)
+        if pending is None:
+            call.end()
+            return
+        pending.taken.append(call)
+
+    def _handle(
+        self,
+        pending: _Pending,
+        event: remote_prefill.Event,
+        reply_to: Call | None = None,
+        prefill_instance: InstanceId | None = None,
+    ) -> None:
+        """reply_to, prefill_instance: of a completion."""
         for effect in pending.core.handle(event):
             match effect:
                 case Reply(accepted):
@@ -225,11 +305,19 @@ class DecodeWorker:
                     self._prefills["fallback"] += 1
                     logger.warning("prefilling %s here after all: %s", pending.request.request_id, reason)
                     self._start_engine(pending.request, pending.call)
+                case EndCrashed(reason):
+                    message = f"the prefill engine of {prefill_instance} died of the step that computed it: {reason}"
+                    error = StatorError(ErrorCode.ENGINE_CRASHED, message, instance_id=prefill_instance)
+                    pending.call.end(error)
                 case CancelJob():
-                    self._tasks.spawn(self._cancel(pending.job_id), f"cancel {pending.job_id}")
+                    task = self._tasks.spawn(self._cancel(pending.job_id), f"cancel {pending.job_id}")
+                    self._cancels.add(task)
+                    task.add_done_callback(self._cancels.discard)
         if pending.core.state is not remote_prefill.State.PENDING and self._pending.pop(pending.job_id, None):
             pending.late.cancel()
-            if pending.core.state is remote_prefill.State.CANCELLED:
+            for taken in pending.taken:
+                taken.end()
+            if pending.core.state in (remote_prefill.State.CANCELLED, remote_prefill.State.CRASHED):
                 self._ended()
 
     async def _cancel(self, job_id: JobId) -> None:
@@ -240,9 +328,35 @@ class DecodeWorker:
             logger.info("could not cancel prefill job %s: %s", job_id, error.message)
 
     async def _watch_queue(self) -> None:
-        async for size in self._queue.watch_size():
-            self._queue_waiting = size.waiting
+        async for news in self._queue.watch_size():
+            if isinstance(news, QueueLoss):
+                self._on_queue_loss(news)
+                continue
+            self._end_doubt()
+            self._queue_lost = False
+            self._no_put_before = 0.0
+            self._queue_waiting = news.waiting
             self._puts_since_size = 0
+
+    def _on_queue_loss(self, loss: QueueLoss) -> None:
+        """Jobs that prefill workers have are finished without the queue. Those that waited come back with it, or are
+        lost: then they are done here."""
+        if loss.jobs_lost:
+            self._give_up_waiting_jobs()
+        elif not self._queue_lost:
+            self._doubt_ends = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._give_up_waiting_jobs)
+        self._queue_lost = True
+
+    def _give_up_waiting_jobs(self) -> None:
+        self._end_doubt()
+        for pending in list(self._pending.values()):
+            if all(taken.cancelled for taken in pending.taken):
+                self._handle(pending, remote_prefill.GaveUp("the prefill queue was lost"))
+
+    def _end_doubt(self) -> None:
+        if self._doubt_ends is not None:
+            self._doubt_ends.cancel()
+            self._doubt_ends = None
 
     # Prefill instances
 
@@ -286,13 +400,18 @@ class DecodeWorker:
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Stop watching and putting. Open streams end with the engine's stop, which is the caller's next step."""
+        """End what is still open with DRAINING, so that it goes on elsewhere. The engine is stopped after this."""
         self._draining = True
         if self._unsubscribe is not None:
             self._unsubscribe()
+        self._end_doubt()
+        stopped = f"instance {self._host.instance_id} stopped"
         for pending in list(self._pending.values()):
-            pending.late.cancel()
-            self._pending.pop(pending.job_id, None)
-            pending.call.end(StatorError(ErrorCode.DRAINING, f"instance {self._host.instance_id} stopped"))
-            self._ended()
+            pending.call.end(StatorError(ErrorCode.DRAINING, stopped))
+            self._handle(pending, remote_prefill.RequestEnded())
+        for request_id, call in list(self._in_engine.items()):
+            call.end(StatorError(ErrorCode.DRAINING, stopped))
+            self._engine.abort(request_id)
+        if self._cancels:
+            await asyncio.wait(self._cancels, timeout=CANCEL_TIMEOUT_S)
         await self._tasks.close()

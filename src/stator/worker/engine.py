@@ -1,5 +1,7 @@
 """From a worker's section to its engine."""
 
+from random import Random
+
 from stator.config.schema import WorkerConfig
 from stator.engines.base import Engine, SpreadEngine
 from stator.engines.registry import create_engine
@@ -8,10 +10,13 @@ from stator.worker.engine_group import GroupShell, Membership
 from stator.worker.host import WorkerHost
 
 
-def make_engine(config: WorkerConfig) -> Engine:
-    """An engine that has not been started. Raises ConfigError; one about a flag says where the flag was written."""
+def make_engine(config: WorkerConfig, rng: Random | None = None) -> Engine:
+    """An engine that has not been started. Raises ConfigError; one about a flag says where the flag was written.
+
+    rng: as `create_engine`.
+    """
     with config.located():
-        return create_engine(config.engine, config.engine_values())
+        return create_engine(config.engine, config.engine_values(), rng=rng)
 
 
 async def start_engine(

@@ -3,11 +3,17 @@
 A job is in exactly one of three hands: the queue's (waiting), ours (from the pull to ack, nack or lost extension), or
 the decode worker's (once it accepted the completion, it fetches and releases the blocks). Completions that are not
 accepted release their blocks at once.
+
+While we compute a job, a call of `prefill_taken` is open at its decode worker, which ends it when the request is
+cancelled or was served otherwise: we stop then. That a job is no longer ours when we extend it says the same, later.
+
+A job whose own step the engine died of is finished, not given back: it would be handed to the next engine as if nothing
+had happened. The decode worker is told, and what comes of it is decided where its request's deaths are counted.
 """
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -16,10 +22,11 @@ import msgspec
 
 from stator.core.disagg import PrefillRoom
 from stator.core.pairing import differences, in_words
+from stator.discovery.base import Lease
 from stator.engines.base import Engine
 from stator.errors import ErrorCode, StatorError
-from stator.ids import LeaseId, RequestId, TransferId
-from stator.messages.engine import EngineInfo, PrefillDone, PrefillDoneReply, PrefillJob, PrefillResult
+from stator.ids import RequestId, TransferId
+from stator.messages.engine import EngineInfo, PrefillDone, PrefillDoneReply, PrefillJob, PrefillResult, PrefillTaken
 from stator.messages.reports import WorkerReport
 from stator.messages.tokens import num_tokens
 from stator.queue.base import Delivery, JobQueue
@@ -43,12 +50,17 @@ class _InHand:
     job: PrefillJob
     request_id: RequestId
     num_prompt_tokens: int
+    crashed: bool = False
+    """The engine died of it."""
+
+    served: asyncio.Task[None] | None = None
 
 
 class _ResultSink(Sink):
     """Turns a prefill's stream into a future."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_hand: _InHand) -> None:
+        self._in_hand = in_hand
         self.result: asyncio.Future[PrefillResult] = asyncio.get_running_loop().create_future()
 
     def items(self, items: Sequence[Any], /) -> None:
@@ -57,7 +69,22 @@ class _ResultSink(Sink):
 
     def end(self, error: StatorError | None = None, /) -> None:
         if not self.result.done():
+            self._in_hand.crashed = error is not None and error.code is ErrorCode.ENGINE_CRASHED
             self.result.set_exception(error or StatorError(ErrorCode.INTERNAL, "the engine gave no prefill result"))
+
+
+class _TakenSink(Sink):
+    """A call of `prefill_taken`. unwanted: called at its end; one that was lost or refused says nothing."""
+
+    def __init__(self, unwanted: Callable[[], None]) -> None:
+        self._unwanted = unwanted
+
+    def items(self, items: Sequence[Any], /) -> None:
+        pass
+
+    def end(self, error: StatorError | None = None, /) -> None:
+        if error is None:
+            self._unwanted()
 
 
 class PrefillWorker:
@@ -70,14 +97,14 @@ class PrefillWorker:
         info: EngineInfo,
         host: WorkerHost,
         queue: JobQueue,
-        lease_id: LeaseId,
+        lease: Lease,
         rng: Random,
     ) -> None:
         self._engine = engine
         self._info = info
         self._host = host
         self._queue = queue
-        self._lease_id = lease_id
+        self._lease = lease
         self._rng = rng
         self._tasks = TaskOwner(f"prefill worker {host.instance_id}")
         self._in_hand: dict[RequestId, _InHand] = {}
@@ -105,7 +132,7 @@ class PrefillWorker:
                 continue
             try:
                 deliveries = await self._queue.pull(
-                    self._host.instance_id, self._lease_id, max_jobs=room, wait_s=PULL_WAIT_S
+                    self._host.instance_id, self._lease.lease_id, max_jobs=room, wait_s=PULL_WAIT_S
                 )
                 backoff_s = 0.05
             except StatorError as error:
@@ -140,7 +167,7 @@ class PrefillWorker:
         in_hand = _InHand(delivery, job, request_id, tokens)
         self._in_hand[request_id] = in_hand
         logger.info("took prefill job %s: %d tokens, attempt %d", job.job_id, tokens, delivery.attempt)
-        self._tasks.spawn(self._serve(in_hand), f"prefill {request_id}")
+        in_hand.served = self._tasks.spawn(self._serve(in_hand), f"prefill {request_id}")
 
     # One job
 
@@ -151,6 +178,8 @@ class PrefillWorker:
                 await self._finish(in_hand, None, refusal, no_result="refused")
                 return
             result, error = await self._compute(in_hand)
+            if error is not None and error.code in (ErrorCode.ENGINE_DEAD, ErrorCode.ENGINE_CRASHED):
+                self._pull_no_more()
             if error is not None and error.code in (ErrorCode.ENGINE_DEAD, ErrorCode.DRAINING):
                 await self._nack(in_hand.delivery)
                 return
@@ -167,15 +196,23 @@ class PrefillWorker:
         return StatorError(ErrorCode.UNSUPPORTED, f"{message}: {in_words(found)}")
 
     async def _compute(self, in_hand: _InHand) -> tuple[PrefillResult | None, StatorError | None]:
-        sink = _ResultSink()
-        self._engine.prefill(msgspec.structs.replace(in_hand.job.request, request_id=in_hand.request_id), sink)
+        sink, request_id, job = _ResultSink(in_hand), in_hand.request_id, in_hand.job
+        taken = self._host.client.open(
+            Target(job.decode_addresses, "prefill_taken", job.decode_instance),
+            PrefillTaken(job.job_id, in_hand.delivery.attempt, self._host.instance_id),
+            _TakenSink(lambda: self._engine.abort(request_id)),
+            context=CallContext(job.request.request_id),
+        )
+        self._engine.prefill(msgspec.structs.replace(job.request, request_id=request_id), sink)
         try:
             return await sink.result, None
         except StatorError as error:
             return None, error
         except asyncio.CancelledError:
-            self._engine.abort(in_hand.request_id)
+            self._engine.abort(request_id)
             raise
+        finally:
+            taken.cancel()
 
     async def _finish(
         self,
@@ -187,13 +224,16 @@ class PrefillWorker:
     ) -> None:
         """no_result: what a job without one is counted as."""
         if error is not None and error.code is ErrorCode.CANCELLED:
-            return  # The extension failed: another attempt has the job, or nobody wants it.
+            # Another attempt has the job, and this changes nothing, or nobody wants it.
+            await self._ack(in_hand.delivery)
+            return
         done = PrefillDone(
             job_id=in_hand.job.job_id,
             attempt=in_hand.delivery.attempt,
             prefill_instance=self._host.instance_id,
             result=result,
             error=error.message if error else None,
+            crashed=in_hand.crashed,
         )
         accepted = await self._notify(in_hand.job, done)
         outcome = no_result if result is None else "done" if accepted else "unwanted"
@@ -244,18 +284,34 @@ class PrefillWorker:
 
     # End
 
+    @property
+    def num_open(self) -> int:
+        """Jobs in hand; without any, the KV blocks of finished ones that wait to be fetched."""
+        return len(self._in_hand) or self._engine.load().num_blocks_held
+
+    def _pull_no_more(self) -> None:
+        """A dead engine would refuse job after job, and each refusal counts as a delivery."""
+        if self._pulling is not None:
+            self._pulling.cancel()
+
     async def drain(self) -> None:
-        """Pull no more and wait until the jobs in hand are done. The caller bounds the wait."""
+        """Pull no more, and wait until the jobs in hand are done and their blocks were fetched, released, or held for
+        TRANSFER_HOLD_S. The caller bounds the wait."""
         self._draining = True
         if self._pulling is not None:
             self._pulling.cancel()
         while self._in_hand:
             self._changed.clear()
             await self._changed.wait()
+        await self._engine.holds_ended()
 
     async def close(self) -> None:
-        """Give back what is in hand, so that another worker takes it at once."""
-        if self._pulling is not None:
-            self._pulling.cancel()
-        await asyncio.gather(*(self._nack(in_hand.delivery) for in_hand in self._in_hand.values()))
+        """Give back what is in hand, so that another worker takes it at once. What the engine died of is not given
+        back; its decode worker is told."""
+        self._pull_no_more()
+        in_hand = list(self._in_hand.values())
+        await asyncio.gather(*(self._nack(each.delivery) for each in in_hand if not each.crashed))
+        telling = [each.served for each in in_hand if each.crashed and each.served is not None]
+        if telling:
+            await asyncio.wait(telling, timeout=NOTIFY_TIMEOUT_S)
         await self._tasks.close()

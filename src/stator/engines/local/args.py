@@ -3,7 +3,7 @@
 import difflib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -90,6 +90,9 @@ class LocalEngineArgs(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"dtype is {self.dtype!r}; the local engine computes in float32 (or say auto)")
 
 
+A = TypeVar("A", bound=LocalEngineArgs)
+
+
 def _flag(field: str) -> str:
     return field.replace("_", "-")
 
@@ -99,7 +102,12 @@ def args_from_section(values: Mapping[str, Any]) -> LocalEngineArgs:
 
     Raises ConfigError for an unknown key, a missing model, or a value of a wrong type or range.
     """
-    known = {field.name for field in msgspec.structs.fields(LocalEngineArgs)}
+    return read_section(values, LocalEngineArgs, "local")
+
+
+def read_section(values: Mapping[str, Any], args_type: type[A], engine: str) -> A:
+    """`args_from_section` for an engine with further settings of its own."""
+    known = {field.name for field in msgspec.structs.fields(args_type)}
     chosen: dict[str, Any] = {}
     ignored: list[str] = []
     for key, value in values.items():
@@ -109,15 +117,15 @@ def args_from_section(values: Mapping[str, Any]) -> LocalEngineArgs:
         elif field in WITHOUT_MEANING_HERE:
             ignored.append(_flag(field))
         else:
-            raise ConfigError(f"the local engine has no setting {key!r}{_suggest(field, known)}")
+            raise ConfigError(f"the {engine} engine has no setting {key!r}{_suggest(field, known)}")
     if ignored:
-        logger.info("the local engine ignores %s", ", ".join(sorted(ignored)))
+        logger.info("the %s engine ignores %s", engine, ", ".join(sorted(ignored)))
     if isinstance(names := chosen.get("served_model_name"), list) and names:
         chosen["served_model_name"] = names[0]
     try:
-        args = msgspec.convert(chosen, LocalEngineArgs, strict=False)
+        args = msgspec.convert(chosen, args_type, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"local engine: {error}") from error
+        raise ConfigError(f"{engine} engine: {error}") from error
     args.check()
     return args
 

@@ -1,29 +1,34 @@
 """The local engine: the scheduler of `core.scheduler` around a runner.
 
-One task plans a step, has the worker thread compute it, applies the result and pushes all sinks within one callback
-of the loop. When there is nothing to compute it waits for an event; nothing polls. All state is the event loop's; the
-worker thread only ever sees a step's chunks and block contents.
+One task plans a step, has the executor compute it, applies the result and pushes all sinks within one callback of the
+loop. When there is nothing to compute it waits for an event; nothing polls. All state is the event loop's; the
+executor, a thread by default, only ever sees a step's chunks and block contents.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from stator import __version__
 from stator.core.blocks import BlockManager
+from stator.core.resuming import first_used
 from stator.core.scheduler import LiveSequence, Plan, ScheduledChunk, Scheduler, SchedulerConfig, StepOutcome
+from stator.core.sequence_limits import computes_whole_prompt, lacks
 from stator.engines.base import EngineHost, KvListener
 from stator.engines.local.args import LocalEngineArgs
-from stator.engines.local.runner import Chunk, Runner, SampleSpec
+from stator.engines.local.capacity import scheduler_config
+from stator.engines.local.executor import ExecutorFactory
+from stator.engines.local.runner import Chunk, ChunkScores, Runner, SampleSpec, export_blocks
+from stator.engines.local.scores import score_spec
 from stator.engines.local.transfer import CONNECTOR, TransferParams, as_dict, parse_transfer
 from stator.engines.local.worker_thread import WorkerThread
 from stator.engines.sinks import end_sink, push_last
 from stator.engines.transfer.fetcher import BlockFetcher
 from stator.engines.transfer.messages import digest_tokens
 from stator.engines.transfer.server import BlockServer
-from stator.errors import ConfigError, ErrorCode, StatorError
+from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import (
     EngineInfo,
@@ -34,6 +39,7 @@ from stator.messages.engine import (
     PrefillResult,
     SamplingParams,
     TokenDelta,
+    TokenScore,
 )
 from stator.messages.tokens import num_tokens, unpack
 from stator.runtime.tasks import TaskOwner
@@ -42,7 +48,7 @@ from stator.transport.base import Sink
 logger = logging.getLogger(__name__)
 
 RunnerFactory = Callable[[LocalEngineArgs], Runner]
-"""Loads the model; runs on the engine's worker thread. Raises ConfigError for one that cannot be used."""
+"""Loads the model; runs on the engine's executor. Raises ConfigError for one that cannot be used."""
 
 Prepare = Callable[[LocalEngineArgs], Awaitable[LocalEngineArgs]]
 """What has to be waited for before the model can be loaded; may be cancelled. Returns what the runner is made from."""
@@ -53,7 +59,8 @@ class _Stream:
     """A request's sink and sequence. started: a delta was pushed. prompt_ids: unpacked, once penalties asked for it.
 
     transfer: set until the prefill engine was told that its blocks are needed no more. num_peer_cached: leading tokens
-    that it had in its prefix cache, once its blocks are here.
+    that it had in its prefix cache, once its blocks are here. prompt_scores: of the prompt's tokens but the first, as
+    far as they are computed.
     """
 
     sink: Sink
@@ -63,6 +70,7 @@ class _Stream:
     num_peer_cached: int = 0
     started: bool = False
     prompt_ids: list[int] | None = None
+    prompt_scores: list[TokenScore] = field(default_factory=list[TokenScore])
 
 
 class LocalEngine:
@@ -74,19 +82,24 @@ class LocalEngine:
         *,
         runner_factory: RunnerFactory,
         prepare: Prepare | None = None,
+        executor_factory: ExecutorFactory = WorkerThread,
         rng: random.Random | None = None,
     ) -> None:
-        """rng: draws transfer ids, and seeds for requests without one; by default seeded by args.seed, else by the
+        """executor_factory: where steps are computed; the default starts a thread, and nothing else does.
+
+        rng: draws transfer ids, and seeds for requests without one; by default seeded by args.seed, else by the
         system."""
         self._args = args
         self._runner_factory = runner_factory
         self._prepare = prepare
+        self._executor_factory = executor_factory
         self._rng = rng if rng is not None else random.Random(args.seed)
         self._streams: dict[RequestId, _Stream] = {}
         self._listeners: dict[int, KvListener] = {}
         self._num_listeners = 0
         self._num_transfer_failures = 0
         self._ended: StatorError | None = None
+        self._computing: Sequence[ScheduledChunk] = ()
         self._started = False
         self._stop_lock = asyncio.Lock()
 
@@ -98,13 +111,13 @@ class LocalEngine:
         self._host = host
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        self._thread = WorkerThread("stator-engine")
+        self._executor = self._executor_factory()
         self._tasks = TaskOwner("local engine")
         try:
-            self._runner = await self._thread.run(self._runner_factory, args)
-            config = _scheduler_config(args, self._runner)
+            self._runner = await self._executor.run(self._runner_factory, args)
+            config = scheduler_config(args, self._runner)
         except BaseException:
-            await self._thread.close()
+            await self._executor.close()
             raise
         self._blocks = BlockManager(
             self._runner.num_blocks,
@@ -123,7 +136,9 @@ class LocalEngine:
         self._fetcher = BlockFetcher(host.client, self._import_blocks, timeout_s=args.transfer_timeout_s)
         self._started = True
         self._steps = self._tasks.spawn(self._run(), "steps")
-        return self._describe(config)
+        info = self._describe(config)
+        self._name = info.engine
+        return info
 
     def generate(self, request: EngineRequest, sink: Sink) -> None:
         if (error := self._refusal(request)) is not None:
@@ -135,6 +150,8 @@ class LocalEngine:
             return
         transfer = self._usable_transfer(request)
         num_fetchable = transfer.num_tokens if transfer is not None else 0
+        if computes_whole_prompt(request.sampling):
+            num_fetchable = 0
         sequence = self._scheduler.add(request, seed=self._seed_of(request.sampling), num_fetchable=num_fetchable)
         self._streams[request.request_id] = _Stream(sink, sequence, transfer)
         self._wake.set()
@@ -161,6 +178,10 @@ class LocalEngine:
     def release(self, transfer_id: TransferId) -> None:
         if self._started:
             self._server.release(transfer_id)
+
+    async def holds_ended(self) -> None:
+        if self._started:
+            await self._server.holds_ended()
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()
@@ -200,7 +221,7 @@ class LocalEngine:
             await asyncio.wait([self._steps])
             await self._server.close()
             await self._tasks.close()
-            await self._thread.close()
+            await self._executor.close()
             self._publish_kv()
             self._listeners.clear()
 
@@ -216,19 +237,37 @@ class LocalEngine:
                     await self._wake.wait()
                     continue
                 chunks = [self._chunk(chunk) for chunk in plan.chunks]
-                sampled = await self._thread.run(self._runner.step, chunks)
-                self._finish_step(plan, sampled)
+                self._computing = plan.chunks
+                sampled = await self._executor.step(self._runner, chunks)
+                self._computing = ()
+                self._finish_step(plan, sampled, self._runner.scores)
         except Exception as error:
             logger.exception("the local engine failed")
             self._die(f"{type(error).__name__} in the engine's step: {error}")
 
-    def _finish_step(self, plan: Plan, sampled: Sequence[int | None]) -> None:
+    def _finish_step(self, plan: Plan, sampled: Sequence[int | None], scores: Mapping[int, ChunkScores]) -> None:
         outcomes = self._scheduler.apply(plan, sampled)
         self._publish_kv()
+        sampled_scores = self._take_scores(plan, scores) if scores else {}
         for outcome in outcomes:
-            self._deliver(outcome)
+            self._deliver(outcome, sampled_scores)
 
-    def _deliver(self, outcome: StepOutcome) -> None:
+    def _take_scores(self, plan: Plan, scores: Mapping[int, ChunkScores]) -> dict[RequestId, TokenScore]:
+        """Keeps those of prompts with their streams; returns those of the tokens that were sampled."""
+        found: dict[RequestId, TokenScore] = {}
+        for index, made in scores.items():
+            chunk = plan.chunks[index]
+            stream = self._streams.get(chunk.sequence.request_id)
+            if stream is None or stream.sequence is not chunk.sequence:
+                continue
+            if made.next:
+                # A sequence that was preempted computes its prompt again.
+                stream.prompt_scores[chunk.start :] = made.next
+            if made.sampled is not None:
+                found[chunk.sequence.request_id] = made.sampled
+        return found
+
+    def _deliver(self, outcome: StepOutcome, scores: Mapping[RequestId, TokenScore]) -> None:
         sequence = outcome.sequence
         # A sink may abort other requests of the same step.
         stream = self._streams.get(sequence.request_id)
@@ -238,7 +277,8 @@ class LocalEngine:
             self._deliver_prefill(stream, sequence, sequence.hold_as)
             return
         assert outcome.token_id is not None
-        delta = self._delta(stream, outcome.token_id, outcome.finish_reason)
+        score = scores.get(sequence.request_id) if scores else None
+        delta = self._delta(stream, outcome.token_id, outcome.finish_reason, None if score is None else [score])
         if outcome.finish_reason is None:
             self._push(stream, delta)
             return
@@ -246,9 +286,11 @@ class LocalEngine:
         self._release_at_peer(stream)
         push_last(stream.sink, delta)
 
-    def _delta(self, stream: _Stream, token_id: int, reason: FinishReason | None) -> TokenDelta:
+    def _delta(
+        self, stream: _Stream, token_id: int, reason: FinishReason | None, scores: list[TokenScore] | None
+    ) -> TokenDelta:
         if stream.started:
-            return TokenDelta([token_id], reason)
+            return TokenDelta([token_id], reason) if scores is None else TokenDelta([token_id], reason, scores=scores)
         stream.started = True
         # What was not fetched was in the own prefix cache: nobody needs the peer's blocks any more.
         self._release_at_peer(stream)
@@ -257,7 +299,8 @@ class LocalEngine:
         num_peer = min(stream.num_peer_cached, num_local + sequence.num_transferred)
         num_prompt = num_tokens(sequence.request.prompt_ids)
         num_cached = min(num_prompt, max(num_local, num_peer))
-        return TokenDelta([token_id], reason, num_cached, sequence.num_transferred)
+        prompt_scores = stream.prompt_scores if computes_whole_prompt(sequence.request.sampling) else None
+        return TokenDelta([token_id], reason, num_cached, sequence.num_transferred, scores, prompt_scores)
 
     def _deliver_prefill(self, stream: _Stream, sequence: LiveSequence, transfer_id: TransferId) -> None:
         del self._streams[sequence.request_id]
@@ -285,8 +328,8 @@ class LocalEngine:
         sequence = chunk.sequence
         token_ids = sequence.token_ids(chunk.start, chunk.start + chunk.num_tokens)
         sample = self._sample_spec(sequence) if chunk.samples else None
-        # Copies: the worker thread reads them while the loop may change the table.
-        return Chunk(tuple(sequence.table.block_ids), token_ids, chunk.start, sample)
+        # Copies: the executor reads them while the loop may change the table.
+        return Chunk(tuple(sequence.table.block_ids), token_ids, chunk.start, sample, score_spec(chunk))
 
     def _sample_spec(self, sequence: LiveSequence) -> SampleSpec:
         params = sequence.request.sampling
@@ -347,10 +390,10 @@ class LocalEngine:
         self._wake.set()
 
     async def _export_blocks(self, block_ids: Sequence[int], num_bytes: int) -> list[bytes]:
-        return await self._thread.run(_export, self._runner, block_ids, num_bytes)
+        return await self._executor.run(export_blocks, self._runner, block_ids, num_bytes)
 
     async def _import_blocks(self, blocks: list[tuple[int, bytes]]) -> None:
-        await self._thread.run(_import, self._runner, blocks)
+        await self._executor.receive(self._runner, blocks)
 
     def _refusal(self, request: EngineRequest) -> StatorError | None:
         if not self._started:
@@ -360,6 +403,9 @@ class LocalEngine:
         if request.request_id in self._streams:
             message = f"request {request.request_id} is already running on this engine; use another request id"
             return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
+        field = first_used(request.sampling, self._runner.cannot)
+        if field is not None:
+            return lacks(self._name, field)
         try:
             self._scheduler.check(request)
         except StatorError as error:
@@ -380,17 +426,22 @@ class LocalEngine:
                 logger.exception("a listener to KV events failed")
 
     def _die(self, reason: str) -> None:
-        self._end_all(StatorError(ErrorCode.ENGINE_DEAD, f"the engine failed ({reason})"))
+        """ENGINE_CRASHED for those whose prompt or first token the failed step was computing, ENGINE_DEAD for
+        others."""
+        failed = {chunk.sequence for chunk in self._computing}
+        suspects = [s.sequence for s in self._streams.values() if s.sequence in failed and not s.started]
+        self._end_all(StatorError(ErrorCode.ENGINE_DEAD, f"the engine failed ({reason})"), suspects)
         self._host.on_dead(reason)
 
-    def _end_all(self, error: StatorError) -> None:
+    def _end_all(self, error: StatorError, suspects: Collection[LiveSequence] = ()) -> None:
         if self._ended is None:
             self._ended = error
         streams = list(self._streams.values())
         self._streams.clear()
         for stream in streams:
             self._drop(stream)
-            end_sink(stream.sink, StatorError(error.code, error.message))
+            code = ErrorCode.ENGINE_CRASHED if stream.sequence in suspects else error.code
+            end_sink(stream.sink, StatorError(code, error.message))
 
     def _drop(self, stream: _Stream) -> None:
         """Free what the engine and a prefill engine hold for a stream that is no longer in `_streams`."""
@@ -420,48 +471,5 @@ class LocalEngine:
             pairing=pairing,
             model_id=self._args.model,
             device="cpu",
+            cannot=runner.cannot,
         )
-
-
-def _export(runner: Runner, block_ids: Sequence[int], num_bytes: int) -> list[bytes]:
-    contents: list[bytes] = []
-    for block_id in block_ids:
-        contents.append(runner.export_block(block_id))
-        num_bytes -= len(contents[-1])
-        if num_bytes <= 0:
-            break
-    return contents
-
-
-def _import(runner: Runner, blocks: list[tuple[int, bytes]]) -> None:
-    for block_id, content in blocks:
-        runner.import_block(block_id, content)
-
-
-def _scheduler_config(args: LocalEngineArgs, runner: Runner) -> SchedulerConfig:
-    capacity = runner.num_blocks * runner.block_size
-    max_model_len = args.max_model_len
-    if max_model_len is None:
-        max_model_len = min(runner.max_model_len, capacity)
-        if capacity < runner.max_model_len:
-            logger.warning(
-                "max-model-len is %d: the model has %d, but %d KV blocks of %d tokens hold no more",
-                capacity,
-                runner.max_model_len,
-                runner.num_blocks,
-                runner.block_size,
-            )
-    elif max_model_len > runner.max_model_len:
-        raise ConfigError(f"max-model-len is {max_model_len}; the model has at most {runner.max_model_len}")
-    elif max_model_len > capacity:
-        raise ConfigError(
-            f"max-model-len is {max_model_len}, but {runner.num_blocks} KV blocks of {runner.block_size} tokens hold "
-            f"{capacity}; lower it, or raise kv-cache-memory-bytes or num-gpu-blocks-override"
-        )
-    return SchedulerConfig(
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        vocab_size=runner.vocab_size,
-        eos_token_ids=runner.eos_token_ids,
-    )

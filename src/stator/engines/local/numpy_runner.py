@@ -1,7 +1,7 @@
 """The local engine's model step in numpy (`runner.Runner`)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +11,17 @@ from numpy.typing import NDArray
 from stator.engines.local.attention import KvCache, Span
 from stator.engines.local.forward import Decoder, Step
 from stator.engines.local.model_config import ModelConfig, load_model_config
-from stator.engines.local.runner import Chunk
+from stator.engines.local.runner import Chunk, ChunkScores
 from stator.engines.local.sampler import sample_tokens
+from stator.engines.local.scores import token_score
 from stator.engines.local.tiles import use_one_blas_thread
 from stator.engines.local.weights import Weights
 from stator.errors import ConfigError
 
 F32 = NDArray[np.float32]
+
+MAX_SCORED_ROWS = 32
+"""A vocabulary's logits are large: those of a long prompt are not held all at once."""
 
 
 class NumpyRunner:
@@ -28,6 +32,7 @@ class NumpyRunner:
     """
 
     kv_dtype = "float32"
+    cannot: tuple[str, ...] = ()
 
     def __init__(self, model_dir: Path | str, *, block_size: int, num_blocks: int) -> None:
         if block_size < 1 or num_blocks < 1:
@@ -44,6 +49,7 @@ class NumpyRunner:
         self._decoder = Decoder(weights, config, block_size)
         self._caches = self._decoder.new_caches(num_blocks)
         self.fingerprint = _fingerprint(config, weights)
+        self.scores: Mapping[int, ChunkScores] = {}
 
     @property
     def block_bytes(self) -> int:
@@ -56,13 +62,35 @@ class NumpyRunner:
         sampled = [(index, chunk.sample) for index, chunk in enumerate(chunks) if chunk.sample is not None]
         hidden = self._compute(chunks)
         result: list[int | None] = [None] * len(chunks)
+        scores = self.scores = self._score_prompts(chunks, hidden)
         if sampled:
             ends = np.cumsum([len(chunk.token_ids) for chunk in chunks]) - 1
             logits = self._decoder.logits(hidden[ends[[index for index, _ in sampled]]])
+            wanted = [row for row, (_, spec) in enumerate(sampled) if spec.params.logprobs is not None]
+            # Sampling changes the logits in place.
+            unchanged = {row: logits[row].copy() for row in wanted}
             tokens = sample_tokens(logits, [spec for _, spec in sampled], self.eos_token_ids)
             for (index, _), token in zip(sampled, tokens, strict=True):
                 result[index] = token
+            for row, own in unchanged.items():
+                index, spec = sampled[row]
+                score = token_score(own, tokens[row], spec.params.logprobs or 0)
+                scores.setdefault(index, ChunkScores([])).sampled = score
         return result
+
+    def _score_prompts(self, chunks: Sequence[Chunk], hidden: F32) -> dict[int, ChunkScores]:
+        scores: dict[int, ChunkScores] = {}
+        begin = 0
+        for index, chunk in enumerate(chunks):
+            if chunk.score is not None:
+                made = scores[index] = ChunkScores([])
+                next_ids, num_top = chunk.score.next_ids, chunk.score.num_top
+                for first in range(0, len(next_ids), MAX_SCORED_ROWS):
+                    some = next_ids[first : first + MAX_SCORED_ROWS]
+                    logits = self._decoder.logits(hidden[begin + first : begin + first + len(some)])
+                    made.next += [token_score(row, token, num_top) for row, token in zip(logits, some, strict=True)]
+            begin += len(chunk.token_ids)
+        return scores
 
     def logits(self, chunks: Sequence[Chunk]) -> F32:
         """Compute the chunks as `step` does and return the logits after every token, [all tokens, vocab_size]; the

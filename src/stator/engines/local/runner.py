@@ -1,14 +1,15 @@
 """The model step behind the local engine's scheduler.
 
 The scheduler decides which tokens of which sequences are computed next and where their KV goes; a runner computes.
-Two runners share the scheduler: the numpy one (`numpy_runner`), and later the simulated one, which only takes time.
+Two runners share the scheduler: the numpy one (`numpy_runner`), and that of the sim engine (`engines.sim.runner`),
+which has no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from stator.messages.engine import SamplingParams
+from stator.messages.engine import SamplingParams, TokenScore
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,23 @@ class SampleSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreSpec:
+    """Of a chunk's first tokens: next_ids are those that follow them, whose probabilities are wanted, with num_top
+    alternatives each."""
+
+    next_ids: Sequence[int]
+    num_top: int
+
+
+@dataclass(slots=True)
+class ChunkScores:
+    """next: for each of `ScoreSpec.next_ids`. sampled: of the token that was sampled, if its request wants that."""
+
+    next: list[TokenScore]
+    sampled: TokenScore | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive tokens of one sequence to compute in this step.
 
@@ -41,10 +59,15 @@ class Chunk:
     token_ids: Sequence[int]
     start: int
     sample: SampleSpec | None
+    score: ScoreSpec | None = None
 
 
 class Runner(Protocol):
-    """Blocks are numbered 0 .. num_blocks - 1. Not thread-safe: one call at a time."""
+    """Blocks are numbered 0 .. num_blocks - 1. Not thread-safe: one call at a time.
+
+    cannot: sampling fields that it does not have. scores: of the last step, by the index of the chunk, as far as asked
+    (`Chunk.score`, `SamplingParams.logprobs`); each step makes a new mapping.
+    """
 
     block_size: int
     num_blocks: int
@@ -53,6 +76,8 @@ class Runner(Protocol):
     max_model_len: int
     fingerprint: str
     kv_dtype: str
+    cannot: tuple[str, ...]
+    scores: Mapping[int, ChunkScores]
 
     def step(self, chunks: Sequence[Chunk]) -> list[int | None]:
         """Compute every chunk, write its keys and values, and return the sampled token of each (None without spec).
@@ -68,3 +93,20 @@ class Runner(Protocol):
     def import_block(self, block_id: int, data: bytes) -> None:
         """Raises ValueError on a wrong size."""
         ...
+
+
+def export_blocks(runner: Runner, block_ids: Sequence[int], num_bytes: int) -> list[bytes]:
+    """Contents of leading blocks until they are num_bytes together, at least one."""
+    contents: list[bytes] = []
+    for block_id in block_ids:
+        contents.append(runner.export_block(block_id))
+        num_bytes -= len(contents[-1])
+        if num_bytes <= 0:
+            break
+    return contents
+
+
+def import_blocks(runner: Runner, blocks: Sequence[tuple[int, bytes]]) -> None:
+    """blocks: (block id, content). Raises ValueError as `import_block` does."""
+    for block_id, content in blocks:
+        runner.import_block(block_id, content)

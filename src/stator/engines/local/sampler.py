@@ -1,6 +1,7 @@
 """Picking the next token from logits.
 
-Semantics of the parameters and their order are vLLM's: minimum tokens, penalties, temperature, min_p, top_k, top_p.
+Semantics of the parameters and their order are vLLM's: allowed tokens, minimum tokens, bias, penalties, temperature,
+min_p, top_k, top_p.
 Randomness is one uniform number made from (seed, position) alone, so that a sequence that is continued elsewhere, or
 in another batch, draws the same tokens. Each row is computed on its own.
 """
@@ -36,21 +37,30 @@ def sample_tokens(logits: F32, specs: Sequence[SampleSpec], eos_token_ids: froze
         adjust_logits(row, spec, eos_token_ids)
     greedy = np.argmax(logits, axis=-1)
     return [
-        int(greedy[index]) if spec.params.temperature < GREEDY_BELOW else _draw(logits[index], spec)
+        int(greedy[index])
+        if spec.params.temperature < GREEDY_BELOW or logits[index, greedy[index]] == -np.inf
+        else _draw(logits[index], spec)
         for index, spec in enumerate(specs)
     ]
 
 
 def adjust_logits(row: F32, spec: SampleSpec, eos_token_ids: frozenset[int]) -> None:
-    """Apply min_tokens and penalties to one row in place.
+    """Apply allowed_token_ids, min_tokens, logit_bias and penalties to one row in place.
 
     Ending tokens (the model's and the request's) are impossible until min_tokens were generated, `ignore_eos` or not.
     Repetition divides positive and multiplies negative logits of tokens in prompt or output; frequency and presence
     subtract, per occurrence and once, for tokens in the output.
     """
     params = spec.params
+    if params.allowed_token_ids:
+        allowed = _in_vocabulary(params.allowed_token_ids, len(row))
+        kept = row[allowed]
+        row[:] = -np.inf
+        row[allowed] = kept
     if spec.num_output < params.min_tokens:
         row[_in_vocabulary([*eos_token_ids, *params.stop_token_ids], len(row))] = -np.inf
+    for token_id, bias in params.logit_bias:
+        row[token_id] += np.float32(bias)
     output = _in_vocabulary(spec.output_ids or (), len(row))
     if params.repetition_penalty != 1.0:
         seen = np.union1d(output, _in_vocabulary(spec.prompt_ids or (), len(row)))

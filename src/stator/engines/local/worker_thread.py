@@ -1,9 +1,11 @@
 """The one thread on which a local engine computes and copies KV blocks."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
+
+from stator.engines.local.runner import Chunk, Runner, import_blocks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -14,13 +16,9 @@ def _nothing() -> None:
 
 
 class WorkerThread:
-    """Runs jobs one after another, in the order of the calls to `run`.
+    """A StepExecutor: runs jobs one after another on a thread, so that the loop goes on while numpy computes."""
 
-    That order is what keeps KV blocks consistent: a copy into blocks which were freed while it waited is over before
-    any step that was planned after the blocks got a new owner, and that owner writes them before it reads them.
-    """
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "stator-engine") -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._closed = False
 
@@ -30,6 +28,12 @@ class WorkerThread:
         Raises RuntimeError after close.
         """
         return await asyncio.wrap_future(self._executor.submit(job, *args, **kwargs))
+
+    async def step(self, runner: Runner, chunks: Sequence[Chunk]) -> list[int | None]:
+        return await self.run(runner.step, chunks)
+
+    async def receive(self, runner: Runner, blocks: Sequence[tuple[int, bytes]]) -> None:
+        await self.run(import_blocks, runner, blocks)
 
     async def close(self) -> None:
         """Wait for the jobs that were given, then end the thread. Idempotent."""

@@ -73,7 +73,10 @@ class BlockServer:
     ) -> None:
         """layout: see FetchRequest."""
         self._blocks_of = blocks_of
-        self._free = free
+        self._free_blocks = free
+        self._num_held = 0
+        self._none_held = asyncio.Event()
+        self._none_held.set()
         self._export = export
         self._hold_s = hold_s
         self._layout = layout
@@ -98,6 +101,8 @@ class BlockServer:
     def hold(self, transfer_id: TransferId) -> None:
         """The prefill is finished: serve its blocks for hold_s, or until release."""
         self._holds[transfer_id] = _Hold(self._expire_later(transfer_id))
+        self._num_held += 1
+        self._none_held.clear()
         announced = self._announced.pop(transfer_id, None)
         if announced is not None:
             announced.decided.set()
@@ -117,12 +122,22 @@ class BlockServer:
         if not hold.num_readers:
             self._free(transfer_id)
 
+    async def holds_ended(self) -> None:
+        """Returns once no blocks are held."""
+        await self._none_held.wait()
+
     async def close(self) -> None:
         for transfer_id in list(self._announced):
             self.withdraw(transfer_id)
         for transfer_id in list(self._holds):
             self.release(transfer_id)
         await self._calls.close()
+
+    def _free(self, transfer_id: TransferId) -> None:
+        self._free_blocks(transfer_id)
+        self._num_held -= 1
+        if not self._num_held:
+            self._none_held.set()
 
     def _expire_later(self, transfer_id: TransferId) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._hold_s, self._expire, transfer_id)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stator.engines.base import TRANSFER_HOLD_S
+from stator.engines.base import TRANSFER_HOLD_S, EngineHost, NodePlace
 from stator.errors import ConfigError
 from stator.ids import InstanceId
 
@@ -54,6 +54,25 @@ class TransferPlane:
     hold_s: float = TRANSFER_HOLD_S
     timeout_s: float = TRANSFER_HOLD_S
     engine_id: str | None = None
+
+
+def transfer_plane(
+    host: EngineHost, place: NodePlace | None, directory: Path, *, num_data_parallel: int, hold_s: float
+) -> TransferPlane:
+    """Of an engine of this host. place: of an engine over several nodes. directory: gets a file with the token."""
+    identity = host.identity
+    listen, advertise = listen_hosts(host.addresses)
+    return TransferPlane(
+        namespace=identity.namespace,
+        # Peers know an engine by one name, whichever of its nodes they fetch from.
+        instance_id=host.instance_id if place is None else place.instance_id,
+        token_file=write_token_file(identity.token or "", directory),
+        host=listen,
+        advertise=advertise,
+        num_data_parallel=num_data_parallel,
+        hold_s=hold_s,
+        engine_id=None if place is None else str(place.instance_id),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,14 @@ from stator.engines.vllm import args as vllm_args
 from stator.engines.vllm import connectors
 from stator.engines.vllm import transfer as handover
 from stator.engines.vllm.args import VllmSettings
+from stator.engines.vllm.endings import StepRoom, in_last_step, is_death, no_ending
 from stator.engines.vllm.further_node import FurtherNode
+from stator.engines.vllm.holds import Holds
 from stator.engines.vllm.kv_feed import KvEventFeed, kv_events_settings
 from stator.engines.vllm.load import LoadCounter
 from stator.engines.vllm.pairing import engine_pairing
 from stator.engines.vllm.sampling import CANNOT_RESUME, prefill_arguments, sampling_arguments
+from stator.engines.vllm.scores import with_scores
 from stator.engines.vllm.started import Launch, StartedVllm, launch
 from stator.engines.vllm.transfer import VllmTransfer
 from stator.errors import ErrorCode, StatorError
@@ -50,13 +53,15 @@ _FINISHED = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length
 @dataclass(slots=True, eq=False)
 class _Stream:
     """A request in the engine. core_id: under which vLLM knows it, once it does. transfer: set until its blocks at the
-    prefill engine are needed no more. transfer_id: of a prefill, under which its blocks will be held."""
+    prefill engine are needed no more. transfer_id: of a prefill, under which its blocks will be held. scored: its
+    deltas carry probabilities."""
 
     request: EngineRequest
     sink: Sink
     core_id: str | None = None
     transfer: VllmTransfer | None = None
     transfer_id: TransferId | None = None
+    scored: bool = False
     started: bool = False
     ended: bool = False
 
@@ -74,13 +79,14 @@ class VllmEngine:
         self.place: NodePlace | None = None
         self._further_node: FurtherNode | None = None
         self._streams: dict[RequestId, _Stream] = {}
-        self._holds: dict[TransferId, tuple[dict[str, Any], float]] = {}
         self._ended: StatorError | None = StatorError(ErrorCode.ENGINE_DEAD, "the engine has not been started")
         self._llm: StartedVllm | None = None
         self._feed: KvEventFeed | None = None
         self._stop_lock = asyncio.Lock()
         self._counter = LoadCounter(0)
+        self._holds = Holds(hold_s, self._counter, lambda: self.load().num_blocks_held)
         self._eos: frozenset[int] = frozenset()
+        self._suspects: frozenset[_Stream] | None = None
 
     async def start(self, host: EngineHost) -> EngineInfo:
         await self._begin(host)
@@ -123,8 +129,11 @@ class VllmEngine:
     async def _arguments_of_vllm(self, host: EngineHost) -> list[str]:
         settings = self._settings
         gpu = await asyncio.to_thread(self._launcher.has_gpu)
+        plane = connectors.transfer_plane(
+            host, self.place, self._directory, num_data_parallel=settings.dp_ranks, hold_s=self._hold_s
+        )
         self._plan = plan = connectors.plan_connector(
-            settings.kv_transfer_config, self._plane(host), gpu=gpu, environment=vllm_args.user_environment()
+            settings.kv_transfer_config, plane, gpu=gpu, environment=vllm_args.user_environment()
         )
         self._endpoints = []
         added: dict[str, Any] = {"worker_extension_cls": plan.worker_extension}
@@ -146,21 +155,6 @@ class VllmEngine:
         vllm_args.set_environment(environment, gpu=gpu, num_workers=settings.num_workers)
         return vllm_args.command_line(settings, model=model.engine_model_string, kv_transfer=plan.config, **added)
 
-    def _plane(self, host: EngineHost) -> connectors.TransferPlane:
-        identity = host.identity
-        listen, advertise = connectors.listen_hosts(host.addresses)
-        return connectors.TransferPlane(
-            namespace=identity.namespace,
-            # Peers know an engine by one name, whichever of its nodes they fetch from.
-            instance_id=host.instance_id if self.place is None else self.place.instance_id,
-            token_file=connectors.write_token_file(identity.token or "", self._directory),
-            host=listen,
-            advertise=advertise,
-            num_data_parallel=self._settings.dp_ranks,
-            hold_s=self._hold_s,
-            engine_id=None if self.place is None else str(self.place.instance_id),
-        )
-
     def _info(self, llm: StartedVllm, pairing: dict[str, str]) -> EngineInfo:
         return EngineInfo(
             engine="vllm",
@@ -168,13 +162,14 @@ class VllmEngine:
             model=self._settings.name,
             block_size=llm.block_size,
             num_blocks=llm.num_blocks * self._settings.dp_ranks,
-            max_num_seqs=llm.max_num_seqs,
+            max_num_seqs=llm.max_num_seqs * self._settings.dp_ranks,
             max_num_batched_tokens=llm.max_num_batched_tokens,
             max_model_len=llm.max_model_len,
             pairing=pairing,
             cannot_resume=CANNOT_RESUME,
             model_id=self._settings.model,
             device=llm.device,
+            steps_while_waiting=True,
         )
 
     # Requests
@@ -187,7 +182,13 @@ class VllmEngine:
         if reason is not None:
             self._loop.call_soon(push_last, sink, TokenDelta([], reason, 0))
             return
-        stream = self._streams[request.request_id] = _Stream(request, sink, transfer=self._usable_transfer(request))
+        sampling = request.sampling
+        stream = self._streams[request.request_id] = _Stream(
+            request,
+            sink,
+            transfer=self._usable_transfer(request),
+            scored=sampling.logprobs is not None or sampling.prompt_logprobs is not None,
+        )
         self._tasks.spawn(self._submit(stream), f"submit {request.request_id}")
 
     def prefill(self, request: EngineRequest, sink: Sink) -> None:
@@ -208,12 +209,15 @@ class VllmEngine:
         self._loop.call_soon(end_sink, stream.sink, error)
 
     def release(self, transfer_id: TransferId) -> None:
-        hold = self._holds.pop(transfer_id, None)
-        if hold is not None and self._ended is None:
-            self._tasks.spawn(self._release_own(hold[0]), f"release {transfer_id}")
+        handed = self._holds.take(transfer_id)
+        if handed is not None and self._ended is None:
+            self._tasks.spawn(self._release_own(handed), f"release {transfer_id}")
+
+    async def holds_ended(self) -> None:
+        await self._holds.ended()
 
     def load(self) -> EngineLoad:
-        return self._counter.load(num_starting=sum(stream.core_id is None for stream in self._streams.values()))
+        return self._counter.load(len(self._streams))
 
     def cached_prefix_tokens(self, request: EngineRequest) -> int:
         cached, _ = self._cached(request)
@@ -288,8 +292,9 @@ class VllmEngine:
         except StatorError as error:
             self._fail(stream, error)
         except Exception as error:
-            logger.exception("vLLM did not take request %s", stream.request.request_id)
-            self._fail(stream, StatorError(ErrorCode.INTERNAL, f"the engine did not take the request: {error}"))
+            if not is_death(error):
+                logger.exception("vLLM did not take request %s", stream.request.request_id)
+            self._fail(stream, self._as_error(error, stream))
         if stream.ended and stream.core_id is not None:
             await llm.abort(stream.core_id)
 
@@ -370,23 +375,26 @@ class VllmEngine:
         if stream.ended:
             return
         if isinstance(output, Exception):
-            self._fail(stream, _as_error(output))
+            self._fail(stream, self._as_error(output, stream))
             return
         completion = output.outputs[0]
         reason = completion.finish_reason
         if reason is not None and reason not in _FINISHED:
-            self._fail(stream, _no_ending(reason, stream))
+            self._fail(stream, no_ending(reason, fetching=stream.transfer is not None))
             return
         if stream.transfer_id is not None:
             if reason is not None:
                 self._prefilled(stream, stream.transfer_id, output)
             return
         finish = _FINISHED[reason] if reason is not None else None
-        if stream.started:
-            delta = TokenDelta(list(completion.token_ids), finish)
-        else:
+        first = not stream.started
+        if first:
             stream.started = True
             delta = self._first_delta(stream, output, completion, finish)
+        else:
+            delta = TokenDelta(list(completion.token_ids), finish)
+        if stream.scored:
+            delta = with_scores(delta, stream.request, output, first=first)
         if finish is None:
             self._push(stream, delta)
             return
@@ -418,7 +426,7 @@ class VllmEngine:
         except ValueError as error:
             end_sink(stream.sink, StatorError(ErrorCode.TRANSFER_FAILED, str(error)))
             return
-        self._keep_hold(transfer_id, handed)
+        self._holds.keep(transfer_id, handed, self._loop.time())
         num_prompt = num_tokens(request.prompt_ids)
         push_last(stream.sink, PrefillResult(handed, num_prompt, min(num_cached, num_prompt)))
 
@@ -428,14 +436,6 @@ class VllmEngine:
         except Exception:
             logger.exception("the sink of request %s failed; aborting it", stream.request.request_id)
             self.abort(stream.request.request_id)
-
-    # Holds of finished prefills, for `release` only: they end by themselves
-
-    def _keep_hold(self, transfer_id: TransferId, handed: dict[str, Any]) -> None:
-        now = self._loop.time()
-        for old in [key for key, (_, until) in self._holds.items() if until <= now]:
-            del self._holds[old]
-        self._holds[transfer_id] = (handed, now + self._hold_s)
 
     async def _release_own(self, handed: dict[str, Any]) -> None:
         llm = self._llm
@@ -464,28 +464,39 @@ class VllmEngine:
             self._forget(stream)
             end_sink(stream.sink, error)
 
+    def _as_error(self, error: Exception, stream: _Stream) -> StatorError:
+        if not is_death(error):
+            return StatorError(ErrorCode.INTERNAL, f"{type(error).__name__} in vLLM: {error}")
+        suspect = stream in self._suspects_of_death()
+        code = ErrorCode.ENGINE_CRASHED if suspect else ErrorCode.ENGINE_DEAD
+        return StatorError(code, "the engine's core process ended")
+
+    def _suspects_of_death(self) -> frozenset[_Stream]:
+        """Asked at the first sign of the core's death, before streams are forgotten; the same afterwards."""
+        if self._suspects is None:
+            llm, ranks = self._llm, self._settings.dp_ranks
+            if llm is None or llm.was_killed():
+                self._suspects = frozenset()
+            else:
+                room = StepRoom(llm.max_num_seqs * ranks, llm.max_num_batched_tokens * ranks)
+                self._suspects = in_last_step(self._streams.values(), room, self._to_compute)
+        return self._suspects
+
+    def _to_compute(self, stream: _Stream) -> int:
+        request = stream.request
+        return num_tokens(request.prompt_ids) + num_tokens(request.resume_ids) - self.cached_prefix_tokens(request)
+
     def _die(self, reason: str) -> None:
         if self._ended is None:
+            self._suspects_of_death()
             self._end_all(StatorError(ErrorCode.ENGINE_DEAD, f"the engine failed ({reason})"))
             self._host.on_dead(reason)
 
     def _end_all(self, error: StatorError) -> None:
         if self._ended is None:
             self._ended = error
+        self._holds.clear()
+        suspects = self._suspects or ()
         for stream in list(self._streams.values()):
-            self._fail(stream, StatorError(error.code, error.message))
-
-
-def _as_error(error: Exception) -> StatorError:
-    name = type(error).__name__
-    if name == "EngineDeadError":
-        return StatorError(ErrorCode.ENGINE_DEAD, "the engine's core process ended")
-    return StatorError(ErrorCode.INTERNAL, f"{name} in vLLM: {error}")
-
-
-def _no_ending(reason: str, stream: _Stream) -> StatorError:
-    """vLLM's "abort" that nobody asked for, and its "error": KV blocks that did not come, if it may not recompute."""
-    if reason == "error" and stream.transfer is not None:
-        message = "the prompt's KV blocks could not be fetched, and kv_load_failure_policy forbids computing them here"
-        return StatorError(ErrorCode.TRANSFER_FAILED, message)
-    return StatorError(ErrorCode.ENGINE_DEAD, f"vLLM ended the request with {reason!r}")
+            code = ErrorCode.ENGINE_CRASHED if stream in suspects else error.code
+            self._fail(stream, StatorError(code, error.message))

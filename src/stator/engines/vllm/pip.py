@@ -67,13 +67,15 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1_000_000:.0f} MB"
 
 
-def install(python: Path, what: str, arguments: Sequence[str], say: Say) -> Progress:
-    """`pip install` by that interpreter: wheels only, and nothing but what is named. Raises PipFailed.
+def install(python: Path, what: str, arguments: Sequence[str], say: Say, *, build: bool = False) -> Progress:
+    """`pip install` by that interpreter, of nothing but what is named. Raises PipFailed.
 
-    what: its name in messages.
+    what: its name in messages. build: from a source distribution where there is no wheel, with the setuptools that the
+    environment has; otherwise wheels only.
     """
+    how = ("--no-build-isolation",) if build else ("--only-binary", ":all:")
     command = [
-        str(python), "-m", "pip", "install", "--no-deps", "--only-binary", ":all:", "--no-input", "--no-color",
+        str(python), "-m", "pip", "install", "--no-deps", *how, "--no-input", "--no-color",
         "--progress-bar", "off", "--disable-pip-version-check", *arguments,
     ]  # fmt: skip
     progress = Progress(say)

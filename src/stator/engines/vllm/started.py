@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 KILL_EVERY_S = 0.5
 """How often, during a start that was given up, processes that vLLM has started meanwhile are looked for."""
+
+KILLED_S = 5.0
+"""For a process to be gone after SIGKILL."""
 
 Record = Callable[[Any, Any, int], None]
 """(SchedulerStats or None, IterationStats or None, data-parallel rank): called after every engine step."""
@@ -201,6 +205,12 @@ class StartedVllm:
     def core_pids(self) -> list[int]:
         return [process.pid for process in self._llm.engine_core.resources.engine_manager.processes]
 
+    def was_killed(self) -> bool:
+        """Whether somebody killed the core: SIGKILL, by hand or for want of memory. Any other end is its own (vLLM
+        sends SIGTERM to what is left after one). A killed worker process of the core cannot be told from a failure."""
+        manager = self._llm.engine_core.resources.engine_manager
+        return any(process.exitcode == -signal.SIGKILL for process in getattr(manager, "processes", ()))
+
     def cached_split(self, output: Any, core_id: str | None) -> tuple[int, int]:
         """(tokens from the engine's own prefix cache, tokens from a peer) of the prompt that was just computed."""
         split = self._splits.pop(core_id or "", None)
@@ -213,7 +223,7 @@ class StartedVllm:
             # Before the core ends, or it would be told of a death.
             llm.output_handler.cancel()
             await asyncio.gather(llm.output_handler, return_exceptions=True)
-        await asyncio.to_thread(llm.shutdown, timeout_s)
+        await asyncio.to_thread(_shut_down, llm, timeout_s)
         # Its __del__ shuts down again, at the interpreter's end with half of vLLM's modules gone.
         llm.shutdown = _nothing
 
@@ -230,6 +240,14 @@ class StartedVllm:
             return process(outputs, *arguments, **keywords)
 
         self._llm.output_processor.process_outputs = process_outputs
+
+
+def _shut_down(llm: Any, timeout_s: float) -> None:
+    """vLLM kills a core that did not end in time, and does not wait for it."""
+    processes = list(getattr(llm.engine_core.resources.engine_manager, "processes", ()))
+    llm.shutdown(timeout_s)
+    for process in processes:
+        process.join(KILLED_S)
 
 
 def _nothing(*_: object) -> None:

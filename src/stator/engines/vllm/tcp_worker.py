@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from stator.config import environment
 from stator.config.token_file import read_token_file
 from stator.core.kv_handover import Load, LoadParams, StepWork, WorkerReport
 from stator.engines.base import TRANSFER_HOLD_S
@@ -166,7 +167,7 @@ class TransferWorker:
 
     async def _main(self) -> None:
         settings = self._settings
-        identity = Identity(settings.namespace, settings.instance_id, "kv-transfer", self._token)
+        identity = Identity(settings.namespace, settings.instance_id, "kv-transfer", self._token, environment.tls())
         port = settings.port + self._port_offset if settings.port else 0
         server = RequestPlaneServer(identity, Listen(settings.host, port, advertise=settings.advertise))
         client = RequestPlaneClient(identity)

@@ -12,6 +12,7 @@ from stator.engines.base import Engine
 from stator.ids import RequestId
 from stator.messages.engine import EngineRequest, SamplingParams
 from stator.messages.tokens import EMPTY, pack
+from stator.testing.clock import run_virtual
 from stator.testing.engine_bench import BenchEngine, running_engines, until
 
 SCENARIO_S = 50.0
@@ -49,12 +50,13 @@ Scenario = Callable[[BenchEngine, BenchEngine], Awaitable[None]]
 class EngineSuite:
     """block_size: of the engines that make_engine makes. vocab_size: prompts are drawn from 4 to there.
 
-    tcp: whether the engines reach each other over sockets.
+    tcp: whether the engines reach each other over sockets. virtual_time: for engines that use no thread and no socket.
     """
 
     block_size: int
     vocab_size: int
     tcp: bool = False
+    virtual_time: bool = False
 
     computes_apart: bool = False
     """The engine computes in another process. What it does there is seen a little later: blocks are free and KV events
@@ -106,4 +108,7 @@ class EngineSuite:
         async def bounded() -> None:
             await asyncio.wait_for(main(), SCENARIO_S)
 
-        asyncio.run(bounded())
+        if self.virtual_time:
+            run_virtual(bounded())
+        else:
+            asyncio.run(bounded())

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 
 from stator.discovery.base import Lease
 from stator.errors import ErrorCode
 from stator.ids import InstanceId, JobId, LeaseId
-from stator.queue.base import Delivery, JobQueue, QueueSize
+from stator.queue.base import Delivery, JobQueue, QueueLoss, QueueSize
 from stator.runtime.context import loop_time
 from stator.testing.contracts.discovery import PATIENCE_S, Reading, expect_error
 from stator.testing.hub_world import LosableWorld, Party, World
@@ -40,6 +41,16 @@ async def consumer(world: World, name: str, namespace: str = "test") -> Consumer
 async def put_all(queue: JobQueue, *job_ids: str, preferred: str | None = None) -> None:
     for job_id in job_ids:
         await queue.put(JobId(job_id), job_id.encode(), preferred=None if preferred is None else InstanceId(preferred))
+
+
+async def until_size(queue: JobQueue, size: QueueSize, within_s: float) -> None:
+    """At once, if nothing may take a while."""
+    if within_s:
+        async with asyncio.timeout(within_s), aclosing(queue.watch_size()) as sizes:
+            async for news in sizes:
+                if news == size:
+                    break
+    assert await queue.size() == size
 
 
 async def begin(group: asyncio.TaskGroup, consumer: Consumer, max_jobs: int = 1) -> asyncio.Task[list[Delivery]]:
@@ -218,6 +229,7 @@ class QueueContract:
             await put_all(holder.queue, "own", preferred="holder")
             assert await holder.pull_ids(3) == ["own", "1", "2"]
             await holder.lease.revoke()
+            await until_size(other.queue, QueueSize(waiting=4, in_flight=0), world.limits.lease_end_s)
             back = [await other.pull_one(wait_s=0.0) for _ in range(4)]
             assert [(delivery.job_id, delivery.attempt) for delivery in back] == [
                 ("1", 2),
@@ -350,10 +362,13 @@ class QueueContract:
             async with Reading(watcher.watch_size()) as sizes:
                 assert await sizes.next() == QueueSize(waiting=0, in_flight=0)
                 await put_all(worker.queue, "1", "2", "3")
-                seen = [await sizes.next()]
-                while seen[-1] != QueueSize(waiting=3, in_flight=0):
-                    seen.append(await sizes.next())
-                assert [size.waiting for size in seen] == sorted({size.waiting for size in seen})
+                seen: list[int] = []
+                while not seen or seen[-1] < 3:
+                    size = await sizes.next()
+                    assert isinstance(size, QueueSize)
+                    assert size.in_flight == 0
+                    seen.append(size.waiting)
+                assert seen == sorted(set(seen))
                 await sizes.expect_silence(0.1)
                 await worker.pull_ids(2)
                 await worker.queue.ack(JobId("1"), 1)
@@ -455,17 +470,47 @@ class QueueLossContract:
 
         self.run_losable(scenario)
 
-    def test_a_size_watch_outlives_the_servers_state(self) -> None:
+    def test_a_size_watch_tells_the_loss_and_the_return(self) -> None:
         async def scenario(world: LosableWorld) -> None:
             queue = (await world.connect()).queue
             await put_all(queue, "j")
-            async with Reading(queue.watch_size()) as sizes:
-                assert await sizes.next() == QueueSize(waiting=1, in_flight=0)
+            async with Reading(queue.watch_size()) as news:
+                assert await news.next() == QueueSize(waiting=1, in_flight=0)
+                await world.cut()
+                assert await news.next() == QueueLoss(jobs_lost=False)
+                await news.expect_silence(0.5)
+                await world.heal()
+                # The same size again: what was in doubt is there.
+                assert await news.next() == QueueSize(waiting=1, in_flight=0)
                 await world.lose()
                 await world.heal()
-                assert await sizes.next() == QueueSize(waiting=0, in_flight=0)
+                assert await news.next() == QueueLoss(jobs_lost=False)
+                assert await news.next() == QueueLoss(jobs_lost=True)
+                assert await news.next() == QueueSize(waiting=0, in_flight=0)
                 await put_all(queue, "j")
-                assert await sizes.next() == QueueSize(waiting=1, in_flight=0)
+                assert await news.next() == QueueSize(waiting=1, in_flight=0)
+
+        self.run_losable(scenario)
+
+    def test_who_has_a_job_keeps_it_when_the_server_loses_its_state(self) -> None:
+        async def scenario(world: LosableWorld) -> None:
+            worker, other = await consumer(world, "w"), await consumer(world, "other")
+            await put_all(worker.queue, "j", "k")
+            assert await worker.pull_ids(2) == ["j", "k"]
+            assert await worker.queue.extend(JobId("j"), 1)
+            await world.lose()
+            await world.heal()
+            assert await worker.queue.extend(JobId("j"), 1)
+            # Done, or given back: there is nobody to tell, and that is no error.
+            assert not await worker.queue.ack(JobId("j"), 1)
+            assert not await worker.queue.nack(JobId("k"), 1)
+            assert not await worker.queue.extend(JobId("j"), 1)
+            # What the new one delivers is its own to take back.
+            await put_all(other.queue, "l")
+            await worker.party.discovery.put("i/w", b"x", worker.lease)
+            assert await worker.pull_ids(1) == ["l"]
+            assert not await other.queue.cancel(JobId("l"))
+            assert not await worker.queue.extend(JobId("l"), 1)
 
         self.run_losable(scenario)
 

@@ -11,6 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from stator.config.authority import issue, make_authority
+from stator.config.node_tls import DIR, NodeTls, node_tls
 from stator.errors import StatorError
 from stator.ids import InstanceId, RequestId
 from stator.runtime.context import CallContext, loop_time
@@ -29,6 +31,8 @@ class Carrier(StrEnum):
     INPROCESS = "inprocess"
     UNIX = "unix"
     TCP = "tcp"
+    TLS = "tls"
+    """TCP, with a certificate on both sides."""
 
 
 class Recorder:
@@ -137,6 +141,7 @@ class World:
             Carrier.INPROCESS: Listen(host=None, inproc_name=f"server-{number}"),
             Carrier.UNIX: Listen(host=None, unix_path=str(self.folder / f"{number}.sock")),
             Carrier.TCP: Listen(host="127.0.0.1"),
+            Carrier.TLS: Listen(host="127.0.0.1"),
         }[self.carrier]
         server = RequestPlaneServer(
             replace(self.identity, instance_id=InstanceId(instance)),
@@ -170,6 +175,7 @@ class World:
             Carrier.INPROCESS: "inproc://nobody",
             Carrier.UNIX: f"unix://{self.folder / 'nobody.sock'}",
             Carrier.TCP: "tcp://127.0.0.1:9",
+            Carrier.TLS: "tcp://127.0.0.1:9",
         }[self.carrier]
 
     @asynccontextmanager
@@ -210,15 +216,25 @@ def open_on(
     return sink, handle
 
 
+def _certificate(folder: Path) -> NodeTls:
+    make_authority(folder / "ca")
+    issue(folder / "ca", ["127.0.0.1"], folder / "node")
+    found = node_tls({DIR: str(folder / "node")})
+    assert found is not None
+    return found
+
+
 @asynccontextmanager
 async def world(carrier: Carrier, **settings: Any) -> AsyncGenerator[World, None]:
     before = asyncio.all_tasks()
     with tempfile.TemporaryDirectory(prefix="stator-") as folder:
+        sockets = Path(folder) / "sockets"
+        sockets.mkdir()
         made = World(
             carrier,
-            Identity(token=TOKEN, role="test"),
+            Identity(token=TOKEN, role="test", tls=_certificate(Path(folder)) if carrier is Carrier.TLS else None),
             TransportSettings(**settings),
-            Path(folder),
+            sockets,
             InProcessNetwork(),
             [],
             [],
@@ -233,7 +249,7 @@ async def world(carrier: Carrier, **settings: Any) -> AsyncGenerator[World, None
         assert not left, f"tasks left behind: {left}"
         for address in addresses:
             assert not await _is_served(made, address), f"{address} is still served"
-        assert not os.listdir(folder), "a socket file was left behind"
+        assert not os.listdir(sockets), "a socket file was left behind"
 
 
 async def _is_served(made: World, text: str) -> bool:
