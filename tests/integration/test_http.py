@@ -11,6 +11,7 @@ import pytest
 import uvloop
 
 from stator.errors import ConfigError, Ending
+from stator.frontend import server as server_module
 from stator.frontend.server import FrontendServer
 from stator.frontend.settings import ConnectionSettings, FrontendSettings
 from stator.transport import Call
@@ -378,6 +379,72 @@ def test_stop_does_not_wait_for_idle_connections_or_half_sent_bodies(run: Run):
                     except ConnectionError:
                         pass
                     writer.close()
+
+    run(main)
+
+
+async def answer_of(reader: asyncio.StreamReader) -> tuple[dict[bytes, bytes], bytes]:
+    """Headers and body of one answer on a connection that stays open."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    headers = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+    return headers, await reader.readexactly(int(headers[b"content-length"]))
+
+
+def test_a_server_that_hands_over_is_polite_to_its_connections(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """Idle, answering, about to send: each is served to the end, and told; nobody is refused or reset."""
+    monkeypatch.setattr(server_module, "LINGER_S", 0.3)
+
+    async def main() -> None:
+        async with serving(lambda call: call.items([delta("a")])) as (fe, server, _):
+            idle, used, streaming = [await asyncio.open_connection(HOST, server.port) for _ in range(3)]
+            for reader, writer in (idle, used):
+                writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert b"connection" not in (await answer_of(reader))[0]
+            streaming[1].write(post(chat_body(stream=True)))
+            call = await fe.arrivals.get()
+            await streaming[0].readuntil(b'"a"')
+
+            handing_over = asyncio.ensure_future(server.hand_over())
+            await asyncio.sleep(0)
+            with pytest.raises(OSError):
+                await asyncio.open_connection(HOST, server.port)
+            # A request that comes on a connection that was idle, as if it had been on its way: taken, then closed.
+            used[1].write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+            headers, body = await answer_of(used[0])
+            assert (headers[b"connection"], body) == (b"close", b'{"status":"live"}')
+            assert await used[0].read() == b""
+            assert await idle[0].read() == b"", "closed after it was idle for a while"
+            assert not handing_over.done()
+            # A stream that began before ends whole; its connection takes one more request.
+            call.items([delta("b", Ending.STOP)])
+            call.end()
+            assert b"[DONE]" in await streaming[0].readuntil(b"\r\n0\r\n\r\n")
+            fe.script = say_hello
+            streaming[1].write(post(chat_body()))
+            headers, body = await answer_of(streaming[0])
+            assert headers[b"connection"] == b"close" and b"Hello world" in body
+            await asyncio.wait_for(handing_over, 5)
+            for _, writer in (idle, used, streaming):
+                writer.close()
+
+    run(main)
+
+
+def test_another_process_accepts_from_the_socket_that_was_handed_over(run: Run):
+    async def main() -> None:
+        async with frontend() as fe:
+            listener = socket.create_server((HOST, 0))
+            first, second = (FrontendServer(fe.app, fd=listener.dup().detach()) for _ in range(2))
+            await first.start()
+            async with asyncio.timeout(5):
+                await first.hand_over()
+                # Nobody accepts; the connection waits.
+                waiting = asyncio.ensure_future(raw(first, b"GET /live HTTP/1.1\r\nconnection: close\r\n\r\n"))
+                await first.stop()
+                await second.start()
+                assert (await waiting).startswith(b"HTTP/1.1 200")
+            await second.stop()
+            listener.close()
 
     run(main)
 

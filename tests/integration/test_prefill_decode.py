@@ -3,12 +3,21 @@
 import asyncio
 import threading
 
+import msgspec
 import pytest
-from deployment import ALWAYS, Deployment, deployed, run
+from deployment import ALWAYS, Deployment, Result, deployed, run
 
 from stator.core.disagg import DisaggPolicy
-from stator.ids import InstanceId, JobId, RequestId
-from stator.messages.engine import PrefillDone, PrefillDoneReply, PrefillResult
+from stator.ids import InstanceId, JobId, RequestId, TransferId
+from stator.messages.engine import (
+    EngineRequest,
+    PrefillDone,
+    PrefillDoneReply,
+    PrefillResult,
+    SamplingParams,
+    TokenDelta,
+)
+from stator.messages.tokens import pack
 from stator.runtime.context import CallContext
 from stator.transport import Target, call
 
@@ -83,9 +92,7 @@ def stall(d: Deployment, runner: object) -> threading.Event:
 
 
 async def in_flight(d: Deployment, count: int) -> None:
-    async for size in d.queue.watch_size():
-        if size.in_flight >= count:
-            return
+    await d.queue_size(lambda size: size.in_flight >= count)
 
 
 def test_jobs_of_a_dead_prefill_worker_go_to_another_one() -> None:
@@ -170,18 +177,14 @@ def test_a_cancelled_request_frees_everything_in_every_phase(phase: str) -> None
                 await in_flight(d, 1)
             result = d.generate(decode, LONG, max_tokens=200)
             if phase == "queued":
-                async for size in d.queue.watch_size():
-                    if size.waiting == 1:
-                        break
+                await d.queue_size(lambda size: size.waiting == 1)
             else:
                 await in_flight(d, 1)
             assert result.handle is not None
             result.handle.cancel()
             await result.wait()
             if phase == "queued":
-                async for size in d.queue.watch_size():
-                    if size.waiting == 0:
-                        break
+                await d.queue_size(lambda size: size.waiting == 0)
             go.set()
             if ahead:
                 assert (await ahead.wait()).error is None
@@ -238,5 +241,45 @@ def test_a_draining_decode_worker_refuses_new_requests_and_finishes_the_old() ->
             go.set()
             assert (await running.wait()).error is None
             await drained
+
+    run(scene)
+
+
+def test_a_draining_prefill_worker_keeps_its_blocks_until_they_are_fetched_or_released() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            prefill = await d.add_prefill()
+            sampling = SamplingParams(max_tokens=8, temperature=0.0)
+            requests = [EngineRequest(RequestId(f"r{n}"), pack([n, *LONG]), sampling) for n in (1, 2)]
+            held = [await d.hold(prefill, request) for request in requests]
+            drained = asyncio.ensure_future(prefill.worker.drain())
+            assert prefill.worker.num_open == prefill.engine.load().num_blocks_held > 0
+            # One is fetched by the decode engine that is given it, the other one nobody wants.
+            decode = await d.add_decode(DisaggPolicy(remote_prefill=False))
+            fetched = msgspec.structs.replace(requests[0], transfer=held[0].transfer)
+            result, target = Result(), Target(decode.server.addresses, "generate", decode.instance_id)
+            context = CallContext(fetched.request_id)
+            result.handle = d.client.open(target, fetched, result, context=context, item_type=TokenDelta)
+            both = prefill.engine.load().num_blocks_held
+            assert (await result.wait()).error is None
+            assert decode.engine.load().prompt_tokens_transferred_total > 0
+            await d.reported(prefill, lambda report: report.load.num_blocks_held == both // 2)
+            assert not drained.done()
+            prefill.engine.release(TransferId(held[1].transfer["transfer_id"]))
+            await asyncio.wait_for(drained, 5)
+            assert prefill.engine.load().num_blocks_held == prefill.worker.num_open == 0
+
+    run(scene)
+
+
+def test_a_draining_prefill_worker_waits_no_longer_than_a_hold_lasts() -> None:
+    async def scene() -> None:
+        async with deployed() as d:
+            prefill = await d.add_prefill(transfer_hold_s=0.2)
+            sampling = SamplingParams(max_tokens=8, temperature=0.0)
+            await d.hold(prefill, EngineRequest(RequestId("r"), pack(LONG), sampling))
+            assert prefill.worker.num_open > 0
+            await asyncio.wait_for(prefill.worker.drain(), 5)
+            assert prefill.worker.num_open == 0
 
     run(scene)

@@ -171,9 +171,7 @@ def test_a_job_that_reaches_an_instance_of_another_pairing_is_refused_and_counte
             assert decode.worker.report().prefills == {"local": 0, "remote": 0, "fallback": 4}
             load = other.engine.load()
             assert (load.prompt_tokens_total, load.num_blocks_used) == (0, 0), "nothing was computed"
-            async for size in d.queue.watch_size():
-                if size.waiting + size.in_flight == 0:
-                    break
+            await d.queue_size(lambda size: size.waiting + size.in_flight == 0)
 
     run(scene)
 

@@ -32,6 +32,7 @@ class TestVllmEngine(EngineContract):
     vocab_size = 4096
     computes_apart = True
     last_block_again = True
+    score_tolerance = 1e-3
 
     def make_engine(self, settings: EngineSettings) -> Engine:
         section = {

@@ -10,7 +10,7 @@ import vllm
 from stator.config.vllm_models import vllm_models
 from stator.core.fit_memory import pipeline_stages
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "vllm_architectures.py"
 

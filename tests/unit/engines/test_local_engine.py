@@ -75,7 +75,7 @@ def test_a_failing_step_kills_the_engine_and_tells_everybody(caplog: pytest.LogC
         runner.before_step = fail
         sinks = [one.generate(make_request(name, PROMPT)) for name in "ab"]
         for sink in sinks:
-            assert (await sink.wait_error()).code is ErrorCode.ENGINE_DEAD
+            assert (await sink.wait_error()).code is ErrorCode.ENGINE_CRASHED
         assert len(one.host.dead) == 1
         assert "MemoryError" in one.host.dead[0]
         assert (await one.generate(make_request("c", PROMPT)).wait_error()).code is ErrorCode.ENGINE_DEAD
@@ -85,6 +85,39 @@ def test_a_failing_step_kills_the_engine_and_tells_everybody(caplog: pytest.LogC
 
     run(scenario, engine(runner))
     assert "the local engine failed" in caplog.text
+
+
+def test_a_crash_is_held_against_those_alone_whose_first_step_it_was() -> None:
+    runner = FakeRunner(block_size=SIZE)
+    hold, entered, go_on, crash = (threading.Event() for _ in range(4))
+
+    def step() -> None:
+        if crash.is_set():
+            raise MemoryError("no more")
+        if hold.is_set():
+            entered.set()
+            assert go_on.wait(10)
+            crash.set()
+
+    async def scenario(one: BenchEngine) -> None:
+        runner.before_step = step
+        decoding = one.generate(make_request("decoding", PROMPT, max_tokens=200))
+        await until(decoding.started.is_set)
+        hold.set()
+        await until(entered.is_set)
+        # Both fit into the sequences that may run, but the budget of a step ends within the first.
+        names = ("first", "prefill", "waiting")
+        sinks = {name: RecordingSink() for name in names}
+        one.engine.generate(make_request("first", PROMPT), sinks["first"])
+        one.engine.prefill(make_request("prefill", [9] * 40), sinks["prefill"])
+        one.engine.generate(make_request("waiting", [8] * 40), sinks["waiting"])
+        go_on.set()
+        codes = {name: (await sink.wait_error()).code for name, sink in sinks.items()}
+        assert codes["first"] is codes["prefill"] is ErrorCode.ENGINE_CRASHED
+        assert codes["waiting"] is ErrorCode.ENGINE_DEAD
+        assert (await decoding.wait_error()).code is ErrorCode.ENGINE_DEAD
+
+    run(scenario, engine(runner, max_num_batched_tokens=32, max_num_seqs=8))
 
 
 def test_requests_before_the_start_are_refused() -> None:
@@ -298,7 +331,7 @@ def test_a_transfer_that_goes_wrong_is_computed_here(serve: Serve, caplog: pytes
         await two.until_idle()
         await peer.server.close()
 
-    with caplog.at_level(logging.WARNING, "stator.engines.local.engine"):
+    with caplog.at_level(logging.WARNING, "stator.engines.local.capacity"):
         run(scenario, engine(), engine(transfer_timeout_s=0.2))
     assert sum("computing here" in record.getMessage() for record in caplog.records) == 1
 

@@ -112,6 +112,20 @@ def test_min_tokens_makes_ending_tokens_impossible() -> None:
     assert sample_tokens(rows, specs, EOS) == [2, 2, 0]
 
 
+def test_bias_is_added_before_penalties_and_after_what_may_come() -> None:
+    assert adjusted([1, 1, 1], logit_bias=((1, 2.5), (2, -1.0))) == [1, 3.5, 0]
+    penalized = adjusted([1, 1, 1], logit_bias=((1, 3.0),), repetition_penalty=2.0, prompt_ids=[1], output_ids=[])
+    assert penalized == [1, 2, 1]
+    inf = float("inf")
+    assert adjusted([1, 2, 3], allowed_token_ids=(1,), logit_bias=((2, 100.0),)) == [-inf, 2, -inf]
+
+
+def test_where_nothing_may_come_something_does() -> None:
+    rows = np.zeros((1, 4), np.float32)
+    barred = spec(allowed_token_ids=(0,), min_tokens=3)
+    assert sample_tokens(rows, [barred], EOS) == [0]
+
+
 def test_draws_follow_the_distribution() -> None:
     count = 20_000
     rows = np.tile(LOGITS, (count, 1))

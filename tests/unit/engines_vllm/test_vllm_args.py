@@ -115,21 +115,24 @@ def test_load_is_the_sum_of_the_ranks_and_counters_grow() -> None:
     counter.record(_scheduler(2, 3, 0.5, {"num_blocks_held": 7}), _iteration(10, 4, 3, 2), 0)
     counter.record(_scheduler(1, 0, 0.25), None, 1)
     counter.record(None, _iteration(5, 0, 0, 1), 0)
-    load = counter.load(num_starting=2)
+    load = counter.load(10)
     assert (load.num_running, load.num_waiting, load.num_blocks, load.num_blocks_used) == (3, 7, 200, 75)
-    assert load.num_blocks_held == 7
+    assert (load.num_blocks_held, load.num_fetching) == (7, 2)
+    # All but one were aborted; vLLM, idle, has not said so. Without any, nothing runs.
+    assert (counter.load(1).num_running, counter.load(1).num_waiting) == (1, 0)
+    assert (counter.load(0).num_running, counter.load(0).num_waiting, counter.load(0).num_fetching) == (0, 0, 0)
     assert (load.prompt_tokens_total, load.prompt_tokens_cached_total) == (15, 4)
     assert (load.prompt_tokens_computed_total, load.prompt_tokens_transferred_total) == (8, 3)
-    assert (load.generation_tokens_total, load.preemptions_total, load.steps_total) == (3, 2, 2)
+    assert (load.generation_tokens_total, load.preemptions_total, load.steps_total) == (3, 2, 3)
 
 
 def test_a_connector_counts_only_when_something_changed() -> None:
     counter = LoadCounter(100)
     counter.record(_scheduler(0, 0, 0.1, {"num_blocks_held": 10}), None, 0)
     counter.record(_scheduler(1, 0, 0.2), None, 0)
-    assert counter.load().num_blocks_held == 10
+    assert counter.load(1).num_blocks_held == 10
     counter.record(_scheduler(0, 0, 0.0, {"num_blocks_held": 0}), None, 0)
-    assert counter.load().num_blocks_held == 0
+    assert counter.load(0).num_blocks_held == 0
 
 
 def test_without_a_count_what_nobody_runs_on_is_held() -> None:
@@ -137,6 +140,6 @@ def test_without_a_count_what_nobody_runs_on_is_held() -> None:
     idle = _scheduler(0, 0, 0.1)
     idle.num_skipped_waiting_reqs = 0
     counter.record(idle, None, 0)
-    assert counter.load().num_blocks_held == 10
+    assert counter.load(0).num_blocks_held == 10
     counter.record(_scheduler(1, 0, 0.1), None, 0)
-    assert counter.load().num_blocks_held == 0
+    assert counter.load(1).num_blocks_held == 0

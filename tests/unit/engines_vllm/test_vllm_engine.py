@@ -52,6 +52,7 @@ class FakeVllm:
     shut_downs: int = 0
     split: tuple[int, int] = (0, 0)
     died: Callable[[str], None] | None = None
+    killed: bool = False
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -73,6 +74,9 @@ class FakeVllm:
 
     async def call_workers(self, method: str, arguments: tuple[Any, ...]) -> Sequence[Any]:
         return []
+
+    def was_killed(self) -> bool:
+        return self.killed
 
     def cached_split(self, output: Any, core_id: str | None) -> tuple[int, int]:
         return self.split
@@ -169,8 +173,34 @@ async def test_endings_that_are_no_endings_are_failures() -> None:
             added.on_output(output([], reason))
             assert (await sink.wait_error()).code is ErrorCode.ENGINE_DEAD
         sink, added = await sent(one, vllm, make_request("x", [5]))
-        added.on_output(type("EngineDeadError", (Exception,), {})("gone"))
-        assert (await sink.wait_error()).code is ErrorCode.ENGINE_DEAD
+        added.on_output(ValueError("no"))
+        assert (await sink.wait_error()).code is ErrorCode.INTERNAL
+
+
+DEATH = type("EngineDeadError", (Exception,), {})
+
+
+@in_loop
+@pytest.mark.parametrize("told_by", ["its requests", "its process"])
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_crash_is_held_against_those_in_their_first_step_alone(told_by: str, killed: bool) -> None:
+    async with running() as (one, vllm):
+        vllm.max_num_batched_tokens, vllm.killed = 12, killed
+        decoding, added = await sent(one, vllm, make_request("decoding", [5]))
+        added.on_output(output([7]))
+        first = [await sent(one, vllm, make_request(name, [5] * 8)) for name in ("one", "two")]
+        waiting, last = await sent(one, vllm, make_request("no room in this step", [5]))
+        vllm.gate.clear()
+        not_there = one.generate(make_request("on its way", [5]))
+        if told_by == "its requests":
+            for each in (last, added, *(added for _, added in first)):
+                each.on_output(DEATH("gone"))
+        assert vllm.died is not None
+        vllm.died("gone")
+        crashed = ErrorCode.ENGINE_DEAD if killed else ErrorCode.ENGINE_CRASHED
+        assert [(await sink.wait_error()).code for sink, _ in first] == [crashed, crashed]
+        for sink in (decoding, waiting, not_there):
+            assert (await sink.wait_error()).code is ErrorCode.ENGINE_DEAD
 
 
 @in_loop
@@ -178,6 +208,7 @@ async def test_a_death_is_told_once_and_ends_everything() -> None:
     async with running() as (one, vllm):
         sink, _ = await sent(one, vllm, make_request("r", [5]))
         assert vllm.died is not None
+        vllm.killed = True
         vllm.died("killed")
         vllm.died("killed")
         assert (await sink.wait_error()).code is ErrorCode.ENGINE_DEAD

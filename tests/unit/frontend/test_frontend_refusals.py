@@ -10,11 +10,12 @@ from frontend_fakes import MODEL, AsgiClient, ask, chat_body, delta, frontend, t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stator.errors import ERRORS, ErrorCode, StatorError
+from stator.errors import ERRORS, Ending, ErrorCode, StatorError
 from stator.frontend.decode import CHAT, COMPLETIONS, decode_request
 from stator.frontend.health import HealthReport
 from stator.frontend.settings import FrontendSettings
-from stator.messages.openai import RequestFields
+from stator.messages.openai import PromptTokensDetails, RequestFields, Usage
+from stator.messages.processor import CompletionDelta
 from stator.transport import Call
 
 CHAT_PATH = "/v1/chat/completions"
@@ -174,6 +175,44 @@ def test_an_error_in_mid_stream_is_its_last_event():
         assert "[DONE]" not in answer.events
         assert answer.events[-1]["error"]["code"] == "instance_lost"
         assert answer.events[-2]["choices"][0]["delta"] == {"content": "a"}
+
+    asyncio.run(run())
+
+
+NO_TOKENS = CompletionDelta("", 0, Ending.STOP, Usage(7, 0, 7, PromptTokensDetails(0)))
+
+
+@pytest.mark.parametrize("items", [[], [NO_TOKENS], [CompletionDelta("", 0, Ending.STOP)], [CompletionDelta()]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_there_is_no_empty_200(items: list[CompletionDelta], stream: bool):
+    def script(call: Call) -> None:
+        if items:
+            call.items(items)
+        call.end()
+
+    async def run() -> None:
+        async with frontend(script) as fe:
+            answer = await ask(fe.app, "POST", CHAT_PATH, chat_body(stream=stream))
+            assert fe.app.generation.num_open == 0
+        if stream and answer.status == 200:
+            # Something was said before the stream broke off.
+            assert items == [CompletionDelta()]
+            assert "[DONE]" not in answer.events and answer.events[-1]["error"]["code"] == "internal"
+        else:
+            assert (answer.status, answer.error["code"]) == (500, "internal")
+
+    asyncio.run(run())
+
+
+def test_a_poison_request_is_not_to_be_sent_again():
+    def script(call: Call) -> None:
+        call.end(StatorError(ErrorCode.POISON_REQUEST, "Two engines crashed."))
+
+    async def run() -> None:
+        async with frontend(script) as fe:
+            answer = await ask(fe.app, "POST", CHAT_PATH, chat_body())
+        assert (answer.status, answer.headers["x-should-retry"]) == (500, "false")
+        assert "retry-after" not in answer.headers
 
     asyncio.run(run())
 

@@ -2,17 +2,19 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 from frontend_fakes import AsgiClient, ask, chat_body, delta, frontend, text_body
 from prometheus_client.parser import text_string_to_metric_families
 
-from stator.errors import Ending
+from stator.errors import Ending, ErrorCode, StatorError
 from stator.frontend.settings import FrontendSettings
 from stator.frontend.stream import DeltaStream
+from stator.ids import InstanceId
 from stator.messages.processor import CompletionDelta
 from stator.observability.metrics import Metrics
-from stator.transport import Call
+from stator.transport import Call, Target
 
 PATH = "/v1/chat/completions"
 LABELS = ("model", "endpoint", "code")
@@ -235,3 +237,41 @@ def test_token_latency_is_of_the_time_between_arrivals():
             assert series(fe.metrics, f"{name}_sum")["org/tiny", "chat"] >= 0.029
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_processor_that_left_costs_no_request_that_it_had_not_begun(stream: bool):
+    async def main() -> None:
+        async with frontend() as fe:
+            known = fe.app.generation._targets  # pyright: ignore[reportPrivateUsage]
+
+            def with_one_that_left(endpoint: str) -> list[Target]:
+                # The server refuses calls that mean another instance.
+                return [*known(endpoint), replace(known(endpoint)[0], instance_id=InstanceId("left"))]
+
+            fe.app.generation._targets = with_one_that_left  # pyright: ignore[reportPrivateUsage]
+            for _ in range(4):
+                assert (await ask(fe.app, "POST", PATH, chat_body(stream=stream))).status == 200
+            assert len(fe.calls) == 4
+
+    asyncio.run(main())
+
+
+def test_a_processor_that_left_after_it_had_begun_ends_the_request():
+    def lost(call: Call) -> None:
+        call.items([delta("a")])
+        call.end(StatorError(ErrorCode.INSTANCE_LOST, "the processor was lost"))
+
+    async def main() -> None:
+        async with frontend(lost) as fe:
+            known = fe.app.generation._targets  # pyright: ignore[reportPrivateUsage]
+            fe.app.generation._targets = lambda endpoint: [  # pyright: ignore[reportPrivateUsage]
+                *known(endpoint),
+                replace(known(endpoint)[0], instance_id=InstanceId("left")),
+            ]
+            answers = [await ask(fe.app, "POST", PATH, chat_body(stream=True)) for _ in range(2)]
+            for answer in answers:
+                assert answer.events[-1]["error"]["code"] == "instance_lost"
+            assert len(fe.calls) == 2
+
+    asyncio.run(main())

@@ -1,6 +1,7 @@
 """Small pieces of `serve`: restarts, tokens, addresses, lines, the terminal, what is printed."""
 
 import io
+import socket
 import stat
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stator.config.external import EtcdSettings, ExternalPlanes, NatsSettings
 from stator.errors import ConfigError
-from stator.graph import banner, network, token
+from stator.graph import banner, network, sockets, token
 from stator.graph.children import LineSplitter, child_environment, describe_exit
 from stator.graph.protocol import ExitCode, Serving
 from stator.graph.restart import RestartLimits, RestartPolicy
@@ -37,7 +39,26 @@ def test_delays_are_bounded() -> None:
 def test_fencing_is_not_a_failure_and_configuration_is_not_tried_again() -> None:
     policy = RestartPolicy(RestartLimits())
     assert [policy.ended(ExitCode.FENCED, None) for _ in range(20)] == [0.5] * 20
+    assert [policy.ended(ExitCode.STALLED, 3.0) for _ in range(20)] == [0.5] * 20
     assert policy.ended(ExitCode.CONFIG, None) is None
+
+
+def test_a_process_that_was_drained_starts_again_at_once_or_not_at_all() -> None:
+    policy = RestartPolicy(RestartLimits())
+    policy.ended(1, None)
+    assert [policy.ended(ExitCode.RESTART, 1.0) for _ in range(20)] == [0.0] * 20
+    assert policy.ended(ExitCode.DRAINED, 1.0) is None
+    assert policy.ended(1, None) == 1.0, "it counts neither as a failure nor as a success"
+
+
+def test_a_name_with_addresses_of_both_families_is_bound_to_its_ipv4_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        return [six, (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    with sockets.open_listener("Frontend", "both", 0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
 
 
 def test_the_token_is_made_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,3 +211,17 @@ def test_what_is_printed_can_be_pasted() -> None:
     line = banner.JoinLine("Worker", ("stator", "serve", "a:W", "--W.x=a b"))
     text = banner.format_join([line], ("10.0.0.1", 7440), "other", "there")
     assert "    stator serve a:W '--W.x=a b' --join 10.0.0.1:7440 --namespace other\n" in text
+
+
+def test_nodes_without_a_hub_are_told_what_to_export() -> None:
+    line = banner.JoinLine("PrefillWorker", ("stator", "serve", "components.prefill_worker:PrefillWorker"))
+    external = ExternalPlanes(
+        EtcdSettings(("http://e1:2379", "http://e2:2379")), NatsSettings(("nats://n:4222",), token="hidden")
+    )
+    text = banner.format_exports([line], external, "other")
+    assert "export NATS_SERVER=nats://n:4222 ETCD_ENDPOINTS=http://e1:2379,http://e2:2379" in text
+    assert "stator serve components.prefill_worker:PrefillWorker --namespace other" in text
+    assert "NATS_AUTH_*" in text
+    assert "hidden" not in text
+    plain = ExternalPlanes(external.etcd, NatsSettings(external.nats.servers))
+    assert "NATS_AUTH_*" not in banner.format_exports([line], plain, "stator")

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from stator.config.load import Section
-from stator.config.schema import Resources, ServiceArgs
+from stator.config.schema import FrontendConfig, Resources, ServiceArgs
 from stator.errors import ConfigError
 from stator.graph import depends, service
 from stator.graph.banner import join_lines
@@ -53,6 +53,20 @@ def test_frontend_processor_and_router_share_a_process() -> None:
         ("Decode:1", 1, ("Decode",)),
         ("Prefill:1", 2, ("Prefill",)),
     ]
+
+
+def test_what_may_run_beside_its_successor() -> None:
+    def overlapping(frontend: Any = None, **args: ServiceArgs) -> set[str]:
+        graph = build_graph(Frontend)
+        sections = {name: Section(args.get(name, ServiceArgs()), None) for name in graph.services}
+        sections["Frontend"] = Section(args.get("Frontend", ServiceArgs()), frontend or FrontendConfig())
+        plans = equip(plan_processes(graph, sections), [Gpu(str(n), str(n)) for n in range(4)])
+        return {p.label for p in plans if p.overlaps}
+
+    assert overlapping() == {"Frontend:1"}
+    assert overlapping(Router=ServiceArgs(colocate=False)) == {"Frontend:1", "Router:1"}
+    assert overlapping(frontend={"port": 1}) == set(), "it may have an address of its own"
+    assert overlapping(Router=ServiceArgs(colocate=False, resources=Resources(gpu=1))) == {"Frontend:1"}
 
 
 def test_colocation_and_copies_are_chosen_in_the_configuration() -> None:

@@ -1,7 +1,7 @@
 """The services of one process on the in-process carrier and discovery in memory."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -16,13 +16,23 @@ from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, 
 from stator.graph.graph import build_graph
 from stator.graph.planes import Planes
 from stator.graph.process import ServiceProcess
-from stator.graph.protocol import ChildSpec, ExitCode, Ready, Report, Serving
+from stator.graph.protocol import Announcing, ChildSpec, ExitCode, Ready, Report, Serving
 from stator.ids import InstanceId
 from stator.queue.memory import MemoryQueue
 from stator.transport.base import Call
 from stator.transport.client import RequestPlaneClient
 from stator.transport.inprocess import InProcessNetwork
 from stator.transport.settings import Identity
+
+
+def later(reports: "asyncio.Queue[Report]") -> Callable[[Report], None]:
+    """All but the names of the instances, which every process begins with."""
+
+    def put(report: Report) -> None:
+        if not isinstance(report, Announcing):
+            reports.put_nowait(report)
+
+    return put
 
 
 class Word(msgspec.Struct, frozen=True):
@@ -121,7 +131,7 @@ async def run(
         client = RequestPlaneClient(Identity("ns", InstanceId("p"), "", "secret"), network=network)
         return Planes(client, network, discovery, lambda _: MemoryQueue())
 
-    process = ServiceProcess(process_spec, build_graph(root), connect, reports.put_nowait)
+    process = ServiceProcess(process_spec, build_graph(root), connect, later(reports))
     return process, asyncio.ensure_future(process.run())
 
 

@@ -1,13 +1,18 @@
+import errno
 import io
 import json
 import logging
+import logging.config
+import os
 import re
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from stator.errors import ConfigError
-from stator.observability.logs import setup_logging
+from stator.observability.logs import BackgroundHandler, JsonFormatter, TextFormatter, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +74,89 @@ def test_lines_that_somebody_else_prefixes_do_not_say_their_source_again() -> No
     setup_logging("VllmWorker", "1", environ={}, stream=stream, prefixed=True)
     logging.getLogger("stator.worker").info("hello")
     assert stream.getvalue().rstrip().endswith("Z INFO hello")
+
+
+class SlowReader:
+    """Takes no line until it is told to."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.reads = threading.Event()
+        self.asked = threading.Event()
+
+    def write(self, line: str) -> None:
+        self.asked.set()
+        assert self.reads.wait(10)
+        self.lines.append(line)
+
+
+def _log(handler: logging.Handler, text: str) -> None:
+    handler.handle(logging.makeLogRecord({"msg": text, "levelname": "INFO", "levelno": logging.INFO}))
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_log_that_nobody_reads_holds_nobody_up(form: str) -> None:
+    reader = SlowReader()
+    handler = BackgroundHandler(reader.write, max_lines=3)
+    handler.setFormatter(JsonFormatter("c", "i") if form == "json" else TextFormatter(""))
+    _log(handler, "first")
+    assert reader.asked.wait(10)
+    for number in range(10):
+        _log(handler, f"line {number}")
+    reader.reads.set()
+    handler.flush()
+    _log(handler, "last")
+    handler.close()
+    messages = [json.loads(line)["message"] if form == "json" else line.split("INFO ")[-1] for line in reader.lines]
+    assert messages[:4] == ["first", "line 0", "line 1", "line 2"]
+    assert messages[4].endswith("7 lines of this log were dropped: nobody read it")
+    assert messages[5:] == ["last"]
+
+
+def test_a_library_that_configures_logging_does_not_silence_it() -> None:
+    lines: list[str] = []
+    handler = BackgroundHandler(lines.append)
+    handler.setFormatter(TextFormatter(""))
+    _log(handler, "before")
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+    _log(handler, "after")
+    handler.flush()
+    assert [line.split("INFO ")[-1] for line in lines] == ["before", "after"]
+
+
+def test_a_full_disk_costs_lines_and_nothing_else() -> None:
+    def write(line: str) -> None:
+        if "lost" in line:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        lines.append(line)
+
+    lines: list[str] = []
+    handler = BackgroundHandler(write)
+    for text in ("one", "lost", "two"):
+        _log(handler, text)
+    handler.close()
+    assert lines == ["one", "two"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_writes_its_own_lines(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+
+    def write(line: str) -> None:
+        with file.open("a") as log:
+            log.write(line + "\n")
+
+    handler = BackgroundHandler(write)
+    _log(handler, "before")
+    handler.flush()
+    pid = os.fork()
+    if not pid:
+        try:
+            _log(handler, "forked")
+            handler.flush()
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    _log(handler, "after")
+    handler.close()
+    assert file.read_text().split() == ["before", "forked", "after"]

@@ -3,7 +3,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stator.ids import InstanceId
 from stator.messages.engine import EngineLoad
 from stator.messages.instances import InstanceInfo
-from stator.messages.reports import DECISION_S, DIFFERENCE_BLOCKS, IndexStats, RouterStats, WorkerReport
+from stator.messages.reports import DECISION_S, DIFFERENCE_BLOCKS, WAIT_S, IndexStats, RouterStats, WorkerReport
 from stator.observability.metrics import Metrics
 
 ROUTER = InstanceInfo(
@@ -17,6 +17,11 @@ STATS = RouterStats(
     decision_counts=[7] + [0] * len(DECISION_S),
     decision_sum_s=1e-5,
     num_bookings=3,
+    num_waiting=2,
+    num_waiting_tokens=900,
+    wait_counts=[6, 1] + [0] * (len(WAIT_S) - 1),
+    wait_sum_s=0.005,
+    refusals={"queue_full": 4, "a newer reason": 1},
     index=IndexStats(num_entries=100, num_bytes=9000, num_workers=4, num_settled=3, gaps_total=1),
 )
 
@@ -43,6 +48,11 @@ def test_a_routers_report_becomes_its_metrics_and_no_workers() -> None:
     assert found["stator_router_index_blocks", ""] == 100
     assert found["stator_router_index_gaps_total", ""] == 1
     assert found["stator_router_bookings", ""] == 3
+    assert found["stator_router_waiting_requests", ""] == 2
+    assert found["stator_router_waiting_tokens", ""] == 900
+    assert found["stator_router_wait_seconds_count", ""] == 7
+    assert found["stator_router_refusals_total", "reason=queue_full"] == 4
+    assert found["stator_router_refusals_total", "reason=other"] == 1
     assert not any(name == "stator_worker_running_requests" for name, _ in found)
     metrics.workers.remove(ROUTER.instance_id)
     assert ("stator_router_bookings", "") not in samples(metrics)

@@ -61,25 +61,41 @@ class Collected:
 
 
 class FakeRouter:
-    """Hands out the instances in turn, without the excluded ones; `failures` come first."""
+    """Hands out the instances in turn, without the excluded ones; `failures` come first. falls_back: if only excluded
+    ones are left they are used, as the product's router does. answers: False leaves every call waiting."""
 
     def __init__(self, instances: list[str]) -> None:
         self.instances = instances
         self.requests: list[RouteRequest] = []
         self.failures: list[StatorError] = []
         self.no_instance: StatorError | None = None
+        self.falls_back = False
+        self.answers = True
         self.calls: list[Call] = []
         self.num_bookings = 0
         self._released_event = asyncio.Event()
+        self._asked = asyncio.Event()
 
     def route(self, call: Call) -> None:
         request: RouteRequest = call.request
         self.requests.append(request)
         self.calls.append(call)
+        self._asked.set()
+        if not self.answers:
+            self.num_bookings += 1
+            call.on_cancel(self._released)
+            return
         if self.failures:
             call.end(self.failures.pop(0))
             return
+        if request.booked_on is not None:
+            self.num_bookings += 1
+            call.on_cancel(self._released)
+            call.items([RouteDecision(request.booked_on, (), booking=len(self.requests))])
+            return
         left = [name for name in self.instances if name not in request.exclude]
+        if not left and self.falls_back:
+            left = self.instances
         if not left:
             assert self.no_instance is not None
             call.end(self.no_instance)
@@ -91,6 +107,9 @@ class FakeRouter:
     def _released(self) -> None:
         self.num_bookings -= 1
         self._released_event.set()
+
+    async def until_asked(self) -> None:
+        await asyncio.wait_for(self._asked.wait(), TIMEOUT_S)
 
     async def until_no_booking(self) -> None:
         async with asyncio.timeout(TIMEOUT_S):
@@ -172,6 +191,7 @@ class Harness:
             client=self.client,
             router=options.pop("router", Target(("inproc://router",), "route")),
             rng=Random(1),
+            directory=options.pop("directory", None),
             settings=ProcessorSettings(**options),
             defaults=SamplingDefaults(),
         )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from stator.core.detokenize import ByteDetokenizer, PieceDetokenizer, WindowDetokenizer
+from stator.messages.tokens import unpack
 from stator.processor.tokenizer import BYTE_OF_CHAR, ModelTokenizer
 
 from . import tokenizers_for_tests as fixtures
@@ -116,3 +117,26 @@ def test_feeding_the_ids_so_far_restores_the_state(ids: list[int], cut: int) -> 
         straight.push([token_id])
     resumed.push(ids[:cut])
     assert straight.push(ids[cut:]) + straight.flush() == resumed.push(ids[cut:]) + resumed.flush()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_with_special_tokens_the_text_is_the_librarys_too(kind: str, data: st.DataObject) -> None:
+    tokenizer = model_of(kind)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.num_ids - 1), max_size=20))
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
+    text = "".join(detokenizer.push([token_id]) for token_id in ids) + detokenizer.flush()
+    assert text == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece-strip", "sentencepiece", "metaspace-always"])
+def test_the_bytes_of_tokens_make_their_text(kind: str) -> None:
+    tokenizer = model_of(kind)
+    text = "Gr\u00fc\u00dfe \U0001f642 the earth"
+    ids = unpack(tokenizer.encode(text, add_special_tokens=False))
+    shown = tokenizer.decode(ids, skip_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode().strip() == shown.strip()
+    assert tokenizer.token_bytes(tokenizer.num_ids + 5) == b""
+    for special in tokenizer.special_ids:
+        assert tokenizer.token_bytes(special).decode() == tokenizer.decode([special], skip_special_tokens=False).strip()

@@ -160,6 +160,25 @@ def test_cancelling_reaches_router_and_engine() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+def test_waiting_at_the_router_is_left_at_once(how: str) -> None:
+    async def run() -> None:
+        async with harness() as case:
+            case.router.answers = False
+            got = case.open("completions", completion(), seconds=0.1 if how == "deadline" else None)
+            await case.router.until_asked()
+            if how == "cancelled":
+                assert got.handle is not None
+                got.handle.cancel()
+            await got.done()
+            assert got.error is not None and got.error.code.value == how
+            await case.router.until_no_booking()
+            await case.processor.drain()
+            assert not case.workers["w1"].calls
+
+    asyncio.run(run())
+
+
 def test_a_deadline_ends_everything() -> None:
     async def run() -> None:
         async with harness() as case:
@@ -186,6 +205,7 @@ def test_a_lost_worker_is_continued_elsewhere_with_the_ids_received() -> None:
             assert second.sampling == first.sampling and first.sampling.seed is not None
             assert second.prompt_ids == first.prompt_ids
             assert case.router.requests[1].exclude == ("w1",)
+            assert [request.resumed for request in case.router.requests] == [False, True]
             usage = got.deltas[-1].usage
             assert usage is not None and usage.completion_tokens == len(ids)
             assert usage.prompt_tokens_details.cached_tokens == 4
@@ -291,9 +311,10 @@ def test_a_router_that_cannot_be_found() -> None:
         raise StatorError(ErrorCode.NO_INSTANCE, "no router is registered", retry_after_s=1.0)
 
     async def run() -> None:
-        async with harness(router=nowhere) as case:
+        async with harness(router=nowhere, router_wait_s=0.2) as case:
             got = await case.open("completions", completion()).done()
             assert got.error is not None and got.error.code is ErrorCode.NO_INSTANCE
+            assert got.error.retry_after_s is not None
             await case.processor.drain()
 
     asyncio.run(run())
@@ -362,14 +383,37 @@ def test_a_request_cancelled_while_its_prompt_is_tokenized_goes_nowhere(monkeypa
     asyncio.run(run())
 
 
+def test_prompts_that_wait_to_be_tokenized_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with harness(["w1"], thread_chars=1, max_encoding=2) as case:
+            go_on = threading.Event()
+            encode = case.tokenizer.encode
+
+            def slow_encode(text: str, *, add_special_tokens: bool) -> TokenBuffer:
+                assert go_on.wait(10)
+                return encode(text, add_special_tokens=add_special_tokens)
+
+            monkeypatch.setattr(case.tokenizer, "encode", slow_encode)
+            case.workers["w1"].script = answer_with([1])
+            waiting = [case.open("completions", completion()) for _ in range(2)]
+            refused = await case.open("completions", completion()).done()
+            assert refused.error is not None and refused.error.code is ErrorCode.OVERLOADED
+            assert refused.error.retry_after_s is not None
+            go_on.set()
+            assert [(await got.done()).error for got in waiting] == [None, None]
+
+    asyncio.run(run())
+
+
 def test_refusals_reach_the_caller_with_code_and_field() -> None:
     cases: list[tuple[str, Any, ErrorCode, str]] = [
         ("chat", ChatCompletionRequest(model="gpt", messages=[]), ErrorCode.MODEL_NOT_FOUND, "model"),
         ("chat", ChatCompletionRequest(model="tiny", messages=[]), ErrorCode.INVALID_REQUEST, "messages"),
-        ("chat", chat(n=2), ErrorCode.UNSUPPORTED, "n"),
+        ("chat", chat(n=129), ErrorCode.INVALID_REQUEST, "n"),
+        ("chat", chat(tools=[{"type": "function"}]), ErrorCode.UNSUPPORTED, "tools"),
         ("chat", chat(temperature=3.0), ErrorCode.INVALID_REQUEST, "temperature"),
         ("completions", completion(""), ErrorCode.INVALID_REQUEST, "prompt"),
-        ("completions", completion(["a", "b"]), ErrorCode.UNSUPPORTED, "prompt"),
+        ("completions", completion(["a", ""]), ErrorCode.INVALID_REQUEST, "prompt"),
         ("completions", completion(stop=[""]), ErrorCode.INVALID_REQUEST, "stop"),
         ("completions", completion(max_tokens=1000), ErrorCode.INVALID_REQUEST, "max_tokens"),
     ]

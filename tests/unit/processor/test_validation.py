@@ -68,21 +68,18 @@ def test_an_empty_cache_salt() -> None:
 @pytest.mark.parametrize(
     ("request_", "param"),
     [
-        (chat(n=2), "n"),
-        (chat(logprobs=True), "logprobs"),
-        (chat(top_logprobs=2), "top_logprobs"),
         (chat(tools=[{"type": "function"}]), "tools"),
         (chat(tool_choice="required"), "tool_choice"),
         (chat(response_format={"type": "json_object"}), "response_format"),
-        (chat(logit_bias={"5": 1.0}), "logit_bias"),
         (chat(modalities=["text", "audio"]), "modalities"),
         (chat(audio={"voice": "x"}), "audio"),
         (chat(functions=[{"name": "f"}]), "functions"),
         (chat(reasoning_effort="high"), "reasoning_effort"),
-        (completion(echo=True), "echo"),
         (completion(best_of=2), "best_of"),
         (completion(suffix="x"), "suffix"),
-        (completion(logprobs=0), "logprobs"),
+        (chat(verbosity="high"), "verbosity"),
+        (chat(prompt_cache_retention="24h"), "prompt_cache_retention"),
+        (chat(web_search_options={}), "web_search_options"),
         (
             chat(stream=True, stream_options=StreamOptions(include_obfuscation=True)),
             "stream_options.include_obfuscation",
@@ -92,7 +89,7 @@ def test_an_empty_cache_salt() -> None:
 def test_what_is_not_supported_is_refused_by_name(request_: Any, param: str) -> None:
     error = refusal(validation.check_supported, request_)
     assert (error.code, error.param) == (ErrorCode.UNSUPPORTED, param)
-    assert error.message.startswith(f"{param} is not supported yet: leave it out")
+    assert error.message.startswith(f"{param} is not supported: leave it out")
 
 
 def test_the_advice_says_which_value_is_harmless() -> None:
@@ -114,7 +111,7 @@ def test_what_asks_for_nothing_passes(request_: Any) -> None:
 
 
 def test_zero_choices_and_stream_options_without_a_stream() -> None:
-    assert refusal(validation.check_supported, chat(n=0)).code is ErrorCode.INVALID_REQUEST
+    assert refusal(validation.check_ranges, chat(n=0)).param == "n"
     error = refusal(validation.check_supported, chat(stream_options=StreamOptions(include_usage=True)))
     assert (error.code, error.param) == (ErrorCode.INVALID_REQUEST, "stream_options")
 
@@ -134,27 +131,77 @@ def test_stop_token_ids_are_of_the_vocabulary() -> None:
     assert error.param == "stop_token_ids" and "10" in error.message
 
 
-@pytest.mark.parametrize(("prompt", "expected"), [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2])])
-def test_one_prompt_in_four_spellings(prompt: Any, expected: Any) -> None:
-    assert validation.single_prompt(completion(prompt), 10) == expected
-
-
 @pytest.mark.parametrize(
-    ("prompt", "code"),
+    ("prompt", "expected"),
     [
-        ("", ErrorCode.INVALID_REQUEST),
-        ([], ErrorCode.INVALID_REQUEST),
-        ([""], ErrorCode.INVALID_REQUEST),
-        ([[]], ErrorCode.INVALID_REQUEST),
-        ([1, 10], ErrorCode.INVALID_REQUEST),
-        ([1, "a"], ErrorCode.INVALID_REQUEST),
-        (["a", "b"], ErrorCode.UNSUPPORTED),
-        ([[1], [2]], ErrorCode.UNSUPPORTED),
+        ("a", ["a"]),
+        (["a"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2]], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
     ],
 )
-def test_prompts_that_are_refused(prompt: Any, code: ErrorCode) -> None:
-    error = refusal(validation.single_prompt, completion(prompt), 10)
-    assert (error.code, error.param) == (code, "prompt")
+def test_prompts_in_all_their_spellings(prompt: Any, expected: Any) -> None:
+    assert validation.prompts(completion(prompt), 10) == expected
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], [1, 10], [1, "a"], ["a", ""], [[1], []], [[1], [10]]])
+def test_prompts_that_are_refused(prompt: Any) -> None:
+    error = refusal(validation.prompts, completion(prompt), 10)
+    assert (error.code, error.param) == (ErrorCode.INVALID_REQUEST, "prompt")
+
+
+def test_choices_are_bounded_together() -> None:
+    assert len(validation.prompts(completion(["a"] * 128, n=4), 10)) == 128
+    assert refusal(validation.prompts, completion(["a"] * 129, n=4), 10).param == "n"
+    error = refusal(validation.prompts, completion(["a"] * 513), 10)
+    assert error.param == "prompt" and "512" in error.message
+
+
+def test_what_goes_together() -> None:
+    assert refusal(validation.check_ranges, chat(top_logprobs=2)).param == "top_logprobs"
+    validation.check_ranges(chat(top_logprobs=0))
+    validation.check_ranges(chat(logprobs=True, top_logprobs=20))
+    assert refusal(validation.check_supported, chat(prompt_logprobs=0, stream=True)).param == "prompt_logprobs"
+    assert refusal(validation.check_supported, completion(logprobs=21)).param == "logprobs"
+    assert refusal(validation.check_supported, completion(logprobs=-1)).param == "logprobs"
+    validation.check_supported(completion(best_of=3, n=3))
+    assert refusal(validation.check_supported, completion(best_of=3, n=2)).param == "best_of"
+
+
+def test_no_tokens_may_be_asked_for_only_with_echo() -> None:
+    validation.check_ranges(completion(max_tokens=0, echo=True))
+    assert refusal(validation.check_ranges, completion(max_tokens=0)).param == "max_tokens"
+    assert validation.resolve_max_tokens(completion(max_tokens=0, echo=True), 40, 100) == 1
+
+
+def test_logit_bias() -> None:
+    assert validation.logit_bias(chat(), 10) == ()
+    assert validation.logit_bias(chat(logit_bias={"3": -100, "9": 0.5}), 10) == ((3, -100), (9, 0.5))
+    keys, values = ("x", "-1", "10", "\u0663", "9" * 5000), (101.0, -101.0, float("nan"))
+    for bad in [{key: 1.0} for key in keys] + [{"1": value} for value in values]:
+        assert refusal(validation.logit_bias, chat(logit_bias=bad), 10).param == "logit_bias"
+    many = {str(token_id): 0.0 for token_id in range(1025)}
+    assert refusal(validation.logit_bias, chat(logit_bias=many), 2000).param == "logit_bias"
+
+
+def test_allowed_token_ids() -> None:
+    assert validation.allowed_token_ids(chat(), 10, {2}) == ()
+    assert validation.allowed_token_ids(chat(allowed_token_ids=[3, 1, 3]), 10, {2}) == (3, 1)
+    assert validation.allowed_token_ids(chat(allowed_token_ids=[2]), 10, {2}) == (2,)
+    for fields in ({"allowed_token_ids": []}, {"allowed_token_ids": [10]}, {"allowed_token_ids": [2], "min_tokens": 1}):
+        assert refusal(validation.allowed_token_ids, chat(**fields), 10, {2}).param == "allowed_token_ids"
+
+
+def test_each_choice_has_a_seed_of_its_own() -> None:
+    first = params(chat(seed=2**63 - 1))
+    assert validation.for_choice(first, 0) is first
+    assert [validation.for_choice(first, nth).seed for nth in (1, 2)] == [-(2**63), -(2**63) + 1]
+    greedy = params(chat(temperature=0))
+    assert validation.for_choice(greedy, 3) is greedy
+    drawn = validation.for_choice(params(chat()), 2)
+    assert (drawn.seed, drawn.seed_drawn) == (79, True)
 
 
 def test_absent_max_tokens() -> None:

@@ -32,7 +32,10 @@ def info(engine: str, model_id: str, device: str, model: str = "served") -> Engi
         (info("vllm", "nvidia/Llama-3_3-Nemotron-Super-49B-v1", "8 x NVIDIA A100-SXM4-80GB"), 22.1, 12.3),
         (info("vllm", "nvidia/Llama-3_3-Nemotron-Super-49B-v1", "8 x NVIDIA H100 80GB HBM3"), 5.2, 7.26),
         (info("vllm", "nvidia/Llama-3_3-Nemotron-Super-49B-v1-FP8", "8 x NVIDIA H100 80GB HBM3"), 7.1, 6.10),
+        (info("vllm", "nvidia/Llama-3.1-405B-Instruct-FP8", "8 x NVIDIA A100-SXM4-80GB"), 40, 42),
         (info("local", "stator:tiny-llama", "cpu"), 1.6, 2.57),
+        (info("sim", "stator:tiny-llama", "simulated 49b-h200-fp8"), 6.7, 5.66),
+        (info("sim", "any", "simulated 49b-h200-fp8 at speed 2.0"), 3.35, 2.83),
         (info("local", "", "", model="tiny-decilm"), 1.38, 1.86),
     ],
 )
@@ -46,8 +49,13 @@ def test_unknown_models_and_engines_have_none_and_every_row_names_its_source() -
     shipped = shipped_step_times()
     assert shipped.of(info("vllm", "some/model", "NVIDIA H100")) is None
     assert shipped.of(info("sim", "stator:tiny-llama", "cpu")) is None
+    assert shipped.of(info("sim", "stator:tiny-llama", "simulated gpu")) is None
+    assert shipped.of(info("sim", "stator:tiny-llama", "simulated tiny-llama at speed x")) is None
+    assert shipped.of(info("local", "m", "simulated tiny-llama")) is None
     assert shipped.of(None) is None
     assert all(row.source for row in shipped.rows)
+    assert all(each.kv.source and each.kv.num_tokens > 10_000 for each in shipped.named)
+    assert len({each.name for each in shipped.named}) == len(shipped.named) == len(shipped.rows)
 
 
 def reading(steps: int, generated: int, running: int = 1) -> EngineLoad:
@@ -70,6 +78,16 @@ def test_the_fallback_is_scaled_by_what_busy_workers_report() -> None:
     for n in range(50):
         factor.report(B, reading(1000 + 5 * n, 1000), 1e7 * n)
     assert factor.step_time.d0 <= 8 * MAX_FACTOR
+
+
+def test_one_slow_worker_does_not_make_a_slow_kind() -> None:
+    factor = SpeedFactor(StepTime(8, 0.03, 0, 8, 0.03, 0))
+    names = [InstanceId(n) for n in "abc"]
+    for turn in range(1, 20):
+        for name in names:
+            steps = turn * (10 if name == "c" else 100)
+            factor.report(name, reading(steps, steps), turn * 1000.0)
+    assert factor.step_time.d0 == pytest.approx(10, rel=0.11)
 
 
 def test_overlap_is_trusted_until_predictions_are_persistently_too_high() -> None:

@@ -1,0 +1,124 @@
+"""OpenAI's own client, as its users write it, against a deployment with a decode and a prefill worker."""
+
+import asyncio
+from collections.abc import Iterator
+
+import openai
+import pytest
+from test_graphs import Head
+
+from stator.config.models import resolve_model
+from stator.messages.tokens import unpack
+from stator.processor import ModelTokenizer
+
+pytestmark = pytest.mark.timeout(180)
+
+MODEL = "tiny-llama"
+QUESTION = "Tell me a story about a fox."
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    started = Head("graphs.disagg_router", tmp_path_factory.mktemp("state"))
+    try:
+        yield started
+    finally:
+        started.serve.stop()
+
+
+@pytest.fixture(scope="module")
+def client(head: Head) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{head.port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
+
+
+def test_a_stream_says_what_the_answer_says(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": QUESTION}], stop=".", temperature=0
+    )
+    assert answer.usage is not None and answer.usage.completion_tokens > 1
+    assert answer.usage.prompt_tokens_details is not None
+    with client.chat.completions.stream(
+        model=MODEL,
+        messages=[{"role": "user", "content": QUESTION}],
+        stop=".",
+        temperature=0,
+        stream_options={"include_usage": True},
+    ) as stream:
+        kinds = {event.type for event in stream}
+        whole = stream.get_final_completion()
+    assert "content.delta" in kinds and "content.done" in kinds
+    assert whole.choices[0].message.content == answer.choices[0].message.content
+    assert whole.choices[0].finish_reason == answer.choices[0].finish_reason == "stop"
+    assert whole.usage is not None and whole.usage.total_tokens == answer.usage.total_tokens
+
+
+def test_many_at_once_without_threads(head: Head) -> None:
+    async def ask_all() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{head.port}/v1", api_key="none") as client:
+
+            async def ask(number: int) -> str | None:
+                stream = await client.chat.completions.create(
+                    model=MODEL,
+                    messages=[
+                        {"role": "developer", "content": "Be short."},
+                        {"role": "user", "content": [{"type": "text", "text": f"Story {number}."}]},
+                    ],
+                    max_tokens=10,
+                    stream=True,
+                )
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+
+            return await asyncio.gather(*(ask(number) for number in range(20)))
+
+    assert all(asyncio.run(ask_all()))
+
+
+def test_choices_and_probabilities(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": QUESTION}],
+        n=3,
+        seed=7,
+        temperature=1.0,
+        max_tokens=8,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in answer.choices}) > 1
+    assert answer.usage is not None and answer.usage.completion_tokens == 24
+    for choice in answer.choices:
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        assert len(choice.logprobs.content) == 8
+        assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in choice.logprobs.content)
+        said = b"".join(bytes(token.bytes or []) for token in choice.logprobs.content)
+        assert said.decode(errors="replace").startswith((choice.message.content or "").rstrip("\ufffd"))
+
+
+def test_completions_of_several_prompts(client: openai.OpenAI) -> None:
+    texts = ["In the beginning God created", "And God said, Let there be"]
+    tokenizer = ModelTokenizer.load(resolve_model(f"stator:{MODEL}"))
+    as_ids = [list(unpack(tokenizer.encode(text, add_special_tokens=True))) for text in texts]
+    by_text = client.completions.create(model=MODEL, prompt=texts, max_tokens=6, temperature=0, echo=True)
+    by_ids = client.completions.create(model=MODEL, prompt=as_ids, max_tokens=6, temperature=0)
+    assert [choice.index for choice in by_text.choices] == [0, 1]
+    for text, echoed, plain in zip(texts, by_text.choices, by_ids.choices, strict=True):
+        assert echoed.text == text + plain.text
+
+
+def test_what_cannot_be_done_is_named(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": QUESTION}], modalities=["text", "audio"]
+        )
+    assert refused.value.param == "modalities"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": QUESTION}])
