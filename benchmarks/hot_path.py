@@ -4,7 +4,7 @@ Decode workers that cost almost nothing answer over TCP from a process of their 
 and a hub runs here. Reported is what the operating system says the frontend process used, user and system time, per
 request and per streamed token; wall time only where latency is the subject.
 
-    python benchmarks/hot_path.py [--quick] [--repeat N] [--only request,flat,...] [--json FILE]
+    python benchmarks/hot_path.py [--quick] [--repeat N] [--only request,flat,...] [--json FILE] [--instructions]
 
 Loads: `request` (chat, 128 tokens in, 1 out, 64 at once; natural text that never repeats), `words` (the same, but
 prompts are 32 words in random order), `flat` (streams of 128, 64 at once, workers step as fast as they are read),
@@ -34,6 +34,7 @@ from typing import Any
 
 import psutil
 import uvloop
+from hot_path_processes.instructions import Counter
 from hot_path_processes.prompts import PROMPTS
 
 from stator.config.models import resolve_model
@@ -200,7 +201,7 @@ async def _start_frontend(
 ) -> Child:
     serving = asyncio.get_running_loop().create_future()
 
-    def report(report: Report) -> None:
+    def report(_child: Child, report: Report) -> None:
         if isinstance(report, Failed):
             serving.set_exception(RuntimeError(report.message))
         elif isinstance(report, Serving) and not serving.done():
@@ -228,7 +229,9 @@ async def _start_frontend(
         supervisor_pid=os.getpid(),
         status_fd=-1,
     )
-    args = ServiceArgs(envs={"STATOR_LOG_LEVEL": options.log_level})
+    counter: Counter | None = getattr(options, "counter", None)
+    python = None if counter is None else counter.python
+    args = ServiceArgs(envs={"STATOR_LOG_LEVEL": options.log_level, "PYTHONHASHSEED": "0"}, python=python)
     child = await start_child(spec, args, report, line, line)
     if core is not None:
         os.sched_setaffinity(child.pid, {core})
@@ -370,6 +373,27 @@ async def measure_memory(it: Deployment, quick: bool) -> dict[str, float]:
     }
 
 
+async def count_instructions(options: argparse.Namespace) -> None:
+    """Thousands of instructions of the frontend process for each request (or token), a few hundred requests each."""
+    counter: Counter = options.counter
+    loads: dict[str, dict[str, Any]] = {
+        "request": {"stream": False, "max_tokens": 1, "prompts": "text"},
+        "words": {"stream": False, "max_tokens": 1, "prompts": "words"},
+        "flat": {"stream": True, "max_tokens": 128, "prompts": "words"},
+    }
+    async with deployed(options) as it:
+        await it.period_ms(0)
+        await it.load(stream=False, max_tokens=1, connections=16, seconds=options.seconds)
+        for name in options.only.split(",") if options.only else loads:
+            await counter.start(it.pid)
+            seen = await it.load(**loads[name], connections=32, seconds=options.seconds)
+            count = await counter.stop(it.pid)
+            unit = "tokens" if loads[name]["stream"] else "requests"
+            print(
+                f"{name:10} {count / seen[unit] / 1e3:10.1f} thousand instructions of {seen[unit]} {unit}", flush=True
+            )
+
+
 LOADS: dict[str, Callable[[Deployment, bool], Any]] = {
     "request": measure_request,
     "words": measure_words,
@@ -427,9 +451,17 @@ def main() -> None:
     parser.add_argument("--log-level", default="INFO", help="of the frontend; INFO writes a line for each request")
     parser.add_argument("--no-pin", dest="pin", action="store_false", help="leave processes on any core")
     parser.add_argument("--profile", action="store_true", help="print the frontend's process id, for a profiler")
+    parser.add_argument(
+        "--instructions", action="store_true", help="count them (valgrind) instead of time: exact, but not the kernel's"
+    )
     parser.add_argument("--json", type=Path, help="also write every run here")
     options = parser.parse_args()
     print(machine())
+    options.counter = None
+    if options.instructions:
+        with Counter(sys.executable) as options.counter:
+            uvloop.run(count_instructions(options))
+        return
     results = uvloop.run(bench(options))
     show(results)
     if options.json is not None:

@@ -6,8 +6,8 @@ Workloads: `generated` (documents that several questions are asked about, sessio
 first minutes of a Mooncake trace, 1/64 of its lengths: each 512-token block becomes one block of 8 tokens, a function
 of its id, so that what requests share is what they shared. Arrivals keep the trace's spacing, --speed times faster.
 
-`timed` is the local engine with the measured step times of the bundled model, asleep, so that four workers do not
-compete for this machine's cores; `numpy` computes the model.
+`timed` is the sim engine: the measured step times of the bundled model, asleep, so that four workers do not compete for
+this machine's cores; `numpy` computes the model.
 """
 
 import argparse
@@ -19,14 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import msgspec
+
 from stator.core.routing import RouterMode
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.load import numpy_runner
-from stator.messages.engine import EngineInfo
-from stator.router.step_time import shipped_step_times
+from stator.engines.sim.args import SimEngineArgs
 from stator.runtime.loop import run_loop
-from stator.testing.routing_world import MODEL, Answer, Outcome, local_engines, outcome, routing_world
-from stator.testing.timed_runner import TimedRunner
+from stator.testing.routing_world import (
+    MODEL,
+    Answer,
+    EngineFactory,
+    Outcome,
+    local_engines,
+    outcome,
+    routing_world,
+    sim_engines,
+)
 
 NUM_WORKERS = 4
 TRACE_BLOCK = 8
@@ -95,19 +104,16 @@ def engine_args(block_size: int, num_blocks: int) -> LocalEngineArgs:
     )
 
 
-def timed_runner(args: LocalEngineArgs) -> TimedRunner:
-    info = EngineInfo("local", "", MODEL, args.block_size, 0, 1, 1, 1)
-    step_time = shipped_step_times().of(info)
-    assert step_time is not None and args.num_gpu_blocks_override is not None
-    return TimedRunner(
-        step_time, block_size=args.block_size, num_blocks=args.num_gpu_blocks_override, max_model_len=MAX_MODEL_LEN
-    )
+def engines(kind: str, args: LocalEngineArgs) -> EngineFactory:
+    """kind: as --engine."""
+    if kind == "numpy":
+        return local_engines(args, numpy_runner)
+    return sim_engines(msgspec.convert(msgspec.structs.asdict(args), SimEngineArgs))
 
 
 async def play(mode: RouterMode, requests: Iterable[Request], args: LocalEngineArgs, engine: str) -> Outcome:
-    factory = timed_runner if engine == "timed" else numpy_runner
     answers: list[Answer] = []
-    async with routing_world(mode, NUM_WORKERS, local_engines(args, factory)) as world:
+    async with routing_world(mode, NUM_WORKERS, engines(engine, args)) as world:
         begin = asyncio.get_running_loop().time()
 
         async def one(request: Request) -> None:

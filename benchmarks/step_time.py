@@ -1,4 +1,4 @@
-"""Measures the step-time constants of the local engine's models, for src/stator/router/step_time.toml.
+"""Measures the step-time constants of the local engine's models, for src/stator/config/step_times.toml.
 
     prefill of N new tokens behind a cached prefix of P:   a + b N + c N (P + N/2)
     one decode step of B streams that hold KV tokens:      d0 + d1 B + d2 KV

@@ -1,4 +1,5 @@
-"""Write docs/reference from the configuration's schema and the commands' `--help`.
+"""Write docs/reference from the configuration's schema, the commands' `--help`, and the tables of the API's fields and
+of metrics.
 
     .venv/bin/python tools/make_reference.py
 
@@ -19,7 +20,11 @@ from stator.config.decode import expected, kebab, unwrap
 from stator.config.engine_flags import expected as expected_flag
 from stator.config.engine_flags import vllm_flags, vllm_version
 from stator.config.schema import SECTIONS, ServiceArgs
+from stator.config.step_times import shipped_step_times
 from stator.engines.local.args import LocalEngineArgs
+from stator.engines.sim.args import SimEngineArgs
+from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
+from stator.observability.metrics import FRONTEND_METRICS, FRONTEND_PROCESS_UP, ROUTER_METRICS, WORKER_METRICS
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
 WIDTH = 100
@@ -39,10 +44,21 @@ ENGINE_HEAD = """\
 ## Engine flags of a worker's section
 
 Every other key of `VllmWorker` and `PrefillWorker` is a flag of the engine, under vLLM's name for it. With
-`engine: local` the flags of the first table count; vLLM's others are accepted, and one line at the start names them. A
-flag may be negated with `no-`, as on vLLM's command line; sizes may be written 8k (8000) or 8K (8192).
+`engine: local` or `engine: sim` the flags of its table count; vLLM's others are accepted, and one line at the start
+names them. A flag may be negated with `no-`, as on vLLM's command line; sizes may be written 8k (8000) or 8K (8192).
 
 ### Of the local engine
+
+| flag | value | default |
+|---|---|---|
+"""
+
+SIM_HEAD = """
+### Of the sim engine
+
+Those of the local engine, with these besides and these defaults of its own. `num-gpu-blocks-override` is by default
+what the simulated GPUs hold, `kv-cache-memory-bytes` counts in bytes of the simulated model. `step-times` is one of
+{names}; see the guide to [simulation](../guide/simulation.md).
 
 | flag | value | default |
 |---|---|---|
@@ -55,6 +71,30 @@ Their meaning is in vLLM's documentation. `{{…}}` takes a mapping, or JSON tex
 
 | flag | value | default |
 |---|---|---|
+"""
+
+API_HEAD = """\
+# Fields of the API
+
+Made by `tools/make_reference.py` from the table by which requests are decoded; do not edit.
+
+A field that is refused is answered with status 400 and its name in `param`, unless it has a value with which it asks
+for nothing (null always is one). Fields that stand in none of these tables are other vendors' extensions: they are
+ignored, and a line at log level DEBUG names them. What an engine cannot do is refused by name as well: the sim engine
+has no probabilities, `logit_bias` or `allowed_token_ids`.
+
+Every answer that is not streamed has `usage` with `prompt_tokens_details.cached_tokens`; a stream has it with
+`stream_options.include_usage`. Of several choices each is routed, and continued after the death of its worker, by
+itself; the prompt is counted once.
+"""
+
+METRICS_HEAD = """\
+# Metrics reference
+
+Made by `tools/make_reference.py` from the table of metrics; do not edit. `GET /metrics` on a frontend answers with all
+of them, in Prometheus' text format: its own, and those of every worker and router that it knows. Times are in seconds,
+ratios from 0 to 1. `worker` and `router` are instance ids. How to watch them:
+[Prometheus and Grafana](../guide/metrics.md).
 """
 
 
@@ -96,14 +136,22 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def flags_of(struct: type[msgspec.Struct]) -> Iterator[str]:
+    hints = get_type_hints(struct)
+    for field in msgspec.structs.fields(struct):
+        if field.name not in ("model", "served_model_name"):
+            default = "required" if field.required else default_text(default_of(field))
+            yield f"| `{kebab(field.name)}` | {expected(hints[field.name])} | {default} |\n"
+
+
 def local_flags() -> str:
-    hints = get_type_hints(LocalEngineArgs)
-    return "".join(
-        f"| `{kebab(field.name)}` | {expected(hints[field.name])} | "
-        f"{'required' if field.required else default_text(default_of(field))} |\n"
-        for field in msgspec.structs.fields(LocalEngineArgs)
-        if field.name not in ("model", "served_model_name")
-    )
+    return "".join(flags_of(LocalEngineArgs))
+
+
+def sim_flags() -> str:
+    names = ", ".join(f"`{each.name}`" for each in shipped_step_times().named)
+    same = set(flags_of(LocalEngineArgs))
+    return SIM_HEAD.format(names=names) + "".join(row for row in flags_of(SimEngineArgs) if row not in same)
 
 
 def engine_flags() -> str:
@@ -136,6 +184,7 @@ def config_page() -> str:
         + "\n"
         + ENGINE_HEAD
         + local_flags()
+        + sim_flags()
         + VLLM_HEAD.format(version=vllm_version())
         + engine_flags()
     )
@@ -163,9 +212,42 @@ def help_text(*command: str) -> str:
     return f"```text\n{lines}\n```\n"
 
 
+def api_page() -> str:
+    parts = [API_HEAD]
+    for path, fields in (("/v1/chat/completions", CHAT_FIELDS), ("/v1/completions", COMPLETION_FIELDS)):
+        parts.append(f"\n## {path}\n\n{field_table([each for each in fields if not each.extension])}")
+        parts.append(f"\nvLLM's:\n\n{field_table([each for each in fields if each.extension])}")
+    return "".join(parts)
+
+
+def field_table(fields: list[Field]) -> str:
+    rows = [f"| `{each.name}` | {each.effect.value} | {cell(field_note(each))} |\n" for each in fields]
+    return "| field | | |\n|---|---|---|\n" + "".join(rows)
+
+
+def field_note(field: Field) -> str:
+    harmless = " or ".join(f"`{json.dumps(value)}`" for value in field.harmless)
+    passes = f"passes as {harmless}" if harmless and field.effect is Effect.REFUSED else ""
+    return "; ".join(part for part in (passes, field.note) if part)
+
+
+def metrics_page() -> str:
+    parts = [METRICS_HEAD]
+    for title, specs in (
+        ("Of the frontend", (*FRONTEND_METRICS, FRONTEND_PROCESS_UP)),
+        ("Of each worker", WORKER_METRICS),
+        ("Of each router", ROUTER_METRICS),
+    ):
+        parts.append(f"\n## {title}\n\n| metric | type | labels | what it says |\n|---|---|---|---|\n")
+        for spec in specs:
+            labels = ", ".join(f"`{label}`" for label in spec.labels)
+            parts.append(f"| `stator_{spec.name}` | {spec.kind.value} | {labels} | {cell(spec.help)} |\n")
+    return "".join(parts)
+
+
 def pages() -> dict[str, str]:
     """By file name in docs/reference."""
-    return {"config.md": config_page(), "cli.md": cli_page()}
+    return {"config.md": config_page(), "cli.md": cli_page(), "api.md": api_page(), "metrics.md": metrics_page()}
 
 
 def main() -> None:

@@ -1,8 +1,5 @@
 """The OpenAI-compatible HTTP address, with the health and the figures of the whole deployment."""
 
-import time
-from random import Random
-
 from components.processor import Processor
 from stator import frontend
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
@@ -11,8 +8,6 @@ from stator.observability.metrics import Metrics
 from stator.observability.monitor import WorkerMonitor
 from stator.transport import Call
 
-DRAIN_GRACE_S = 60.0
-
 
 @service(role="frontend")
 class Frontend:
@@ -20,7 +15,7 @@ class Frontend:
 
     @on_start
     async def start(self, context: ServiceContext) -> None:
-        started, instances = int(time.time()), context.directory.instances
+        started, instances = int(context.clocks.time()), context.directory.instances
         metrics = Metrics()
         # With ServiceArgs.workers above 1 this is one of several processes on one listening socket.
         self.copies = frontend.FrontendCopies(
@@ -39,13 +34,16 @@ class Frontend:
             health=lambda: frontend.health_of(instances()),
             metrics=metrics,
             scrape=self.copies.scrape,
+            rng=context.rng,
+            wall=context.clocks.time,
         )
         self.server = frontend.FrontendServer(
             app, host=context.config.host, port=context.config.port, fd=context.listen_fd
         )
         await self.server.start()
+        context.counts_open(lambda: self.server.num_open)
         self.monitor = WorkerMonitor(
-            client=context.client, directory=context.directory, sink=metrics.workers, rng=Random()
+            client=context.client, directory=context.directory, sink=metrics.workers, rng=context.rng
         )
         context.tasks.spawn(self.report_when_ready(context), "report when ready")
 
@@ -63,8 +61,11 @@ class Frontend:
         self.copies.snapshot(call)
 
     @on_drain
-    async def drain(self) -> None:
-        await self.server.drain(DRAIN_GRACE_S)
+    async def drain(self, context: ServiceContext) -> None:
+        if context.handed_over:
+            await self.server.hand_over()
+        else:
+            await self.server.drain()
 
     @on_stop
     async def stop(self) -> None:

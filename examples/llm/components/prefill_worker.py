@@ -1,12 +1,10 @@
 """Computes the KV cache of long prompts for the decode workers. Start as many as you like, on any node, at any time."""
 
-from random import Random
-
 from stator import worker
 from stator.graph import ServiceContext, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.kv_events import KvItem, KvSubscribe
 from stator.messages.reports import ReportRequest, WorkerReport
-from stator.observability.reporting import Reporter
+from stator.observability.reporting import Reporter, with_stalls
 from stator.transport import Call
 
 
@@ -14,7 +12,7 @@ from stator.transport import Call
 class PrefillWorker:
     @on_start
     async def start(self, context: ServiceContext) -> None:
-        self.engine = worker.make_engine(context.config)
+        self.engine = worker.make_engine(context.config, context.rng)
         host = worker.WorkerHost(
             instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
         )
@@ -27,11 +25,16 @@ class PrefillWorker:
             info=info,
             host=host,
             queue=context.queue(worker.prefill_queue(info)),
-            lease_id=context.lease.lease_id,
-            rng=Random(),
+            lease=context.lease,
+            rng=context.rng,
         )
         await self.jobs.start()
-        self.reporter = Reporter(self.jobs.report)
+        context.counts_open(lambda: self.jobs.num_open)
+        self.watchdog = worker.ProgressWatchdog(
+            self.engine.load, info, timeout_s=context.config.progress_timeout, on_stall=context.stalled
+        )
+        self.watchdog.start()
+        self.reporter = Reporter(lambda: with_stalls(self.jobs.report(), context.stalls))
         self.reporter.start()
         self.kv_publisher = worker.KvPublisher(self.engine)
 
@@ -51,6 +54,7 @@ class PrefillWorker:
 
     @on_stop
     async def stop(self) -> None:
+        self.watchdog.close()
         self.reporter.close()
         await self.kv_publisher.close()
         await self.jobs.close()

@@ -1,7 +1,5 @@
 """Turns OpenAI requests into token ids and token ids into text."""
 
-from random import Random
-
 from components.router import Router
 from components.worker import VllmWorker
 from stator import processor
@@ -35,10 +33,14 @@ class Processor:
             max_model_len=config.max_model_len or processor.context_length(model_dir),
             client=context.client,
             router=self.routes.target,
-            rng=Random(),
-            settings=processor.ProcessorSettings(migration_limit=config.migration_limit),
+            rng=context.rng,
+            directory=context.directory,
+            settings=processor.ProcessorSettings(
+                migration_limit=config.migration_limit, migration_wait_s=config.migration_wait_s
+            ),
             defaults=processor.SamplingDefaults.load(model_dir),
         )
+        context.counts_open(lambda: self.processor.num_open)
         self.reporter = Reporter(self.routes.report)
         self.reporter.start()
 
@@ -78,5 +80,6 @@ def choose_here(context: ServiceContext) -> LocalRouter:
         server=context.server,
         directory=context.directory,
         config=context.config,
-        rng=Random(),
+        rng=context.rng,
+        follow=context.follow_setting,
     )

@@ -1,13 +1,11 @@
 """Chooses the decode worker for each request."""
 
-from random import Random
-
 from components.worker import VllmWorker
 from stator import router
 from stator.graph import ServiceContext, depends, endpoint, on_start, on_stop, service
 from stator.messages.processor import RouteDecision, RouteRequest
 from stator.messages.reports import ReportRequest, WorkerReport
-from stator.messages.routing import DecisionRecord, DecisionsRequest, RouteObservations
+from stator.messages.routing import BookingChanges, BookingsRequest, DecisionRecord, DecisionsRequest, RouteObservations
 from stator.observability.reporting import Reporter
 from stator.transport import Call
 
@@ -23,8 +21,14 @@ class Router:
             directory=context.directory,
             mode=router.router_mode(context.config.mode),
             min_workers=context.config.min_workers,
-            rng=Random(),
+            rng=context.rng,
+            clocks=context.clocks,
+            limits=router.queue_limits(context.config),
+            instance_id=context.instance_id,
         )
+        self.routes.follow_settings(context.follow_setting, "mode")
+        # One that is started again is asked at once, and must not say that there is no worker.
+        await context.directory.wait_for(lambda _: True, None)
         self.reporter = Reporter(self.routes.report)
         self.reporter.start()
 
@@ -37,6 +41,11 @@ class Router:
     def observe(self, call: Call) -> None:
         """What became of decisions: cached tokens, lengths, failures."""
         self.routes.observe(call)
+
+    @endpoint(request=BookingsRequest, item=BookingChanges)
+    def bookings(self, call: Call) -> None:
+        """What this router has sent to workers, and every change, for the routers of other heads."""
+        self.routes.bookings(call)
 
     @endpoint(request=DecisionsRequest, item=DecisionRecord)
     def decisions(self, call: Call) -> None:

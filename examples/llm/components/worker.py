@@ -3,10 +3,10 @@
 from components.prefill_worker import PrefillWorker
 from stator import worker
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
-from stator.messages.engine import EngineRequest, PrefillDone, PrefillDoneReply, TokenDelta
+from stator.messages.engine import EngineRequest, PrefillDone, PrefillDoneReply, PrefillTaken, TokenDelta
 from stator.messages.kv_events import KvItem, KvSubscribe
 from stator.messages.reports import ReportRequest, WorkerReport
-from stator.observability.reporting import Reporter
+from stator.observability.reporting import Reporter, with_stalls
 from stator.transport import Call
 
 
@@ -16,7 +16,7 @@ class VllmWorker:
 
     @on_start
     async def start(self, context: ServiceContext) -> None:
-        self.engine = worker.make_engine(context.config)
+        self.engine = worker.make_engine(context.config, context.rng)
         host = worker.WorkerHost(
             instance_id=context.instance_id, client=context.client, server=context.server, on_dead=context.fail
         )
@@ -32,8 +32,14 @@ class VllmWorker:
             queue=context.queue(worker.prefill_queue(info)),
             directory=context.directory,
         )
+        self.requests.follow_settings(context.follow_setting)
         await self.requests.start()
-        self.reporter = Reporter(self.requests.report)
+        context.counts_open(lambda: self.requests.num_open)
+        self.watchdog = worker.ProgressWatchdog(
+            self.engine.load, info, timeout_s=context.config.progress_timeout, on_stall=context.stalled
+        )
+        self.watchdog.start()
+        self.reporter = Reporter(lambda: with_stalls(self.requests.report(), context.stalls))
         self.reporter.start()
         self.kv_publisher = worker.KvPublisher(self.engine)
 
@@ -46,6 +52,11 @@ class VllmWorker:
     def prefill_done(self, call: Call) -> None:
         """A prefill worker has computed a prompt of ours, or could not."""
         self.requests.prefill_done(call)
+
+    @endpoint(request=PrefillTaken)
+    def prefill_taken(self, call: Call) -> None:
+        """A prefill worker computes a prompt of ours; we end the call if it need not."""
+        self.requests.prefill_taken(call)
 
     @endpoint(request=ReportRequest, item=WorkerReport)
     def report(self, call: Call) -> None:
@@ -63,6 +74,7 @@ class VllmWorker:
 
     @on_stop
     async def stop(self) -> None:
+        self.watchdog.close()
         self.reporter.close()
         await self.kv_publisher.close()
         await self.requests.close()
