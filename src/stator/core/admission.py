@@ -9,7 +9,10 @@ holds its prefix is predicted to cost less than going elsewhere. There is one li
   overtaken MAX_OVERTAKEN times *reserves* the instance where it is expected to fit first: nothing more is placed
   there before it. A reserved instance only empties, and an empty one takes any request that it can hold at all; so
   everybody's wait is bounded by MAX_OVERTAKEN others and by the requests that run on one instance.
-- At most MAX_LOOKED requests that find no room are looked at in one go: a turn has a bounded cost.
+- Those that wait for an instance by choice count for each other: the tenth of them waits for ten places there. So a
+  burst that shares a prefix goes on to others, which would have nothing to do, instead of queueing up for one.
+- At most MAX_LOOKED requests that find no room are looked at in one go, and MAX_CHOOSY that wait by choice: a turn has
+  a bounded cost.
 - The line is bounded in requests and in prompt tokens. What comes when it is full is refused at once, as is what is
   predicted to wait longer than allowed or longer than its deadline leaves. Requests that an instance worked on are
   never refused for the line's sake; only their own deadline ends their wait.
@@ -21,7 +24,8 @@ those a prediction refuses nobody, since it was not yet seen to hold.
 """
 
 from bisect import insort
-from collections.abc import Callable, Container
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random
@@ -32,6 +36,7 @@ from stator.messages.processor import RouteRequest
 
 MAX_OVERTAKEN = 16
 MAX_LOOKED = 8
+MAX_CHOOSY = 32
 
 MIN_PACED = 8
 PACE_WEIGHT = 1 / 16
@@ -100,9 +105,28 @@ def _rank(waiter: Waiter) -> tuple[bool, int, int]:
     return waiter.rank
 
 
-Place = Callable[[Waiter, Container[InstanceId]], InstanceId | None]
-"""Place a waiter on an instance that is not in the container: None when that is done, else the instance that it waits
-for."""
+class Line(NamedTuple):
+    """What those that wait before a request leave to it.
+
+    reserved: instances that they hold free. num_ahead: how many of them wait for each instance.
+    """
+
+    reserved: Container[InstanceId]
+    num_ahead: Mapping[InstanceId, int]
+
+
+FIRST = Line((), {})
+
+
+class Wait(NamedTuple):
+    """by_choice: there is room elsewhere."""
+
+    instance_id: InstanceId
+    by_choice: bool = False
+
+
+Place = Callable[[Waiter, Line], Wait | None]
+"""Place a waiter behind those before it: None when that is done, else what it waits for."""
 
 
 class _Pace:
@@ -236,18 +260,22 @@ class WaitingLines:
             return
         stuck: list[Waiter] = []
         reserved: set[InstanceId] = set()
+        before = Line(reserved, ahead := Counter[InstanceId]())
+        num_choosy = 0
         for waiter in list(line.waiters):
-            waits_for = place(waiter, reserved)
-            if waits_for is None:
+            wait = place(waiter, before)
+            if wait is None:
                 self._placed(line, waiter, now, num_instances)
                 for passed in stuck:
                     self._overtaken(passed, reserved)
                 continue
-            waiter.waits_for = waits_for
+            waiter.waits_for = wait.instance_id
+            ahead[wait.instance_id] += 1
+            num_choosy += wait.by_choice
             if waiter.reserved is not None:
                 reserved.add(waiter.reserved)
             stuck.append(waiter)
-            if len(stuck) >= MAX_LOOKED:
+            if num_choosy >= MAX_CHOOSY or len(stuck) - num_choosy >= MAX_LOOKED:
                 return
 
     def forget_instance(self, instance_id: InstanceId) -> None:

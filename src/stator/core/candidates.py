@@ -4,7 +4,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from stator.core.admission import Need
+from stator.core.admission import Line, Need
 from stator.core.cost import Quote, StepTime
 from stator.core.overlap_check import OverlapCheck
 from stator.core.worker_load import WorkerLoad
@@ -170,13 +170,18 @@ class Scores:
         quote, step = self.quote(candidate), candidate.step_time
         most = self._overlaps.most
         prefill_ms = quote.prefill_ms(max(most.values(), default=0) * candidate.block_size)
-        held = self._request.num_prompt_tokens + self.expected / 2
-        batch = float(max(1, candidate.max_num_seqs))
-        if candidate.num_kv_tokens:
-            batch = max(1.0, min(batch, candidate.num_kv_tokens / held))
-        shared_ms = self.expected * (step.d0 / batch + step.d1 + step.d2 * held)
+        shared_ms = self.expected * (step.d0 / self.batch(candidate) + step.d1 + step.d2 * self._held)
         local_ms = prefill_ms * self._load_of(candidate.instance_id).local_share
         return Need(local_ms + shared_ms, prefill_ms + self.expected * quote.step_ms)
+
+    @property
+    def _held(self) -> float:
+        return self._request.num_prompt_tokens + self.expected / 2
+
+    def batch(self, candidate: Candidate) -> float:
+        """Requests like this one that run there at one time, at least one."""
+        batch = float(max(1, candidate.max_num_seqs))
+        return max(1.0, min(batch, candidate.num_kv_tokens / self._held)) if candidate.num_kv_tokens else batch
 
     def rows(self, eligible: Sequence[Candidate], totals: list[float], winner: Candidate) -> tuple[Row, ...]:
         """The MAX_EXPLAINED cheapest, the winner among them, cheapest first. After `totals` of the same ones."""
@@ -204,7 +209,7 @@ class Scores:
 class Rooms:
     """Who has room for one request."""
 
-    __slots__ = ("_expected", "_load_of", "_most", "_now", "_request", "_reserved")
+    __slots__ = ("_expected", "_line", "_load_of", "_most", "_now", "_request")
 
     def __init__(
         self,
@@ -214,18 +219,18 @@ class Rooms:
         now: float,
         *,
         load_of: LoadOf,
-        reserved: Container[InstanceId],
+        line: Line,
     ) -> None:
+        self._line = line
         self._load_of = load_of
         self._request = request
         self._expected = expected
         self._most = overlaps.most
-        self._reserved = reserved
         self._now = now
 
     def has(self, candidate: Candidate) -> bool:
         instance_id, num_kv_tokens = candidate.instance_id, candidate.num_kv_tokens
-        if instance_id in self._reserved or not self._can_hold(candidate):
+        if instance_id in self._line.reserved or not self._can_hold(candidate):
             return False
         load = self._load_of(instance_id)
         return load.has_room(self._now, candidate.max_seqs, num_kv_tokens, self._needed(candidate))
@@ -240,14 +245,18 @@ class Rooms:
         return not 0 < candidate.num_kv_tokens < request.num_prompt_tokens + request.max_tokens - 1
 
     def with_wait(self, eligible: Sequence[Candidate], costs: list[float], scores: Scores) -> dict[InstanceId, float]:
-        """Cost of each that has no room but will have, with the wait that `costs` lacks: for KV."""
+        """Cost of each that has no room but will have, with the wait that `costs` lacks: for KV, and for those ahead in
+        line, who take the next places."""
         found: dict[InstanceId, float] = {}
         for candidate, cost in zip(eligible, costs, strict=True):
             instance_id = candidate.instance_id
-            if instance_id in self._reserved or not self._can_hold(candidate) or self.has(candidate):
+            if instance_id in self._line.reserved or not self._can_hold(candidate) or self.has(candidate):
                 continue
             load = self._load_of(instance_id)
             stream_ms = self._expected * scores.quote(candidate).step_ms
             needed = self._needed(candidate)
-            found[instance_id] = cost + load.kv_wait_ms(self._now, candidate.num_kv_tokens, needed, stream_ms)
+            wait_ms = load.kv_wait_ms(self._now, candidate.num_kv_tokens, needed, stream_ms)
+            if num_ahead := self._line.num_ahead.get(instance_id, 0):
+                wait_ms += num_ahead * stream_ms / scores.batch(candidate)
+            found[instance_id] = cost + wait_ms
         return found

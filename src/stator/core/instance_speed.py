@@ -19,7 +19,7 @@ from statistics import median
 from stator.ids import InstanceId
 
 WEIGHT = 0.2
-HALF_MS = 30_000.0
+HALF_MS = 15_000.0
 DEAD_ZONE = 1.5
 MAX_SLOWNESS = 16.0
 MIN_OBSERVED = 4

@@ -26,7 +26,7 @@ from enum import StrEnum
 from random import Random
 from typing import Protocol
 
-from stator.core.admission import Need
+from stator.core.admission import FIRST, Line, Need
 from stator.core.booked_blocks import BookedBlocks
 from stator.core.candidates import Candidate, Overlap, Overlaps, Rooms, Row, Scores
 from stator.core.instance_speed import InstanceSpeeds
@@ -76,10 +76,12 @@ class Choice:
 
 @dataclass(slots=True)
 class NoRoom:
-    """Nothing was booked. waits_for: where the request is expected to fit first, or what is worth waiting for."""
+    """Nothing was booked. waits_for: where the request is expected to fit first, or what is worth waiting for.
+    by_choice: there was room elsewhere."""
 
     waits_for: InstanceId
     need: Need
+    by_choice: bool = False
 
 
 @dataclass(slots=True)
@@ -181,10 +183,10 @@ class RoutingCore:
         *,
         held: Mapping[InstanceId, int] | None = None,
         stale: Container[InstanceId] = (),
-        reserved: Container[InstanceId] = (),
+        line: Line = FIRST,
     ) -> Choice | NoRoom | None:
-        """As `choose`, but only where there is room, and not on `reserved` instances."""
-        return self._choose(request, candidates, now, held or {}, stale, reserved)
+        """As `choose`, but only where there is room. line: of those that wait before it."""
+        return self._choose(request, candidates, now, held or {}, stale, line)
 
     def _choose(
         self,
@@ -193,17 +195,17 @@ class RoutingCore:
         now: float,
         held: Mapping[InstanceId, int],
         stale: Container[InstanceId],
-        reserved: Container[InstanceId] | None,
+        line: Line | None,
     ) -> Choice | NoRoom | None:
-        """reserved: None to choose without regard to room."""
+        """line: None to choose without regard to room."""
         eligible = [c for c in candidates if c.instance_id not in request.exclude] or list(candidates)
         if not eligible:
             return None
         overlaps = self._overlaps(request, held, stale, now)
         looked_at = self._drawn(request, eligible, overlaps)
-        found = self._choose_among(looked_at, len(eligible), request, overlaps, now, reserved)
+        found = self._choose_among(looked_at, len(eligible), request, overlaps, now, line)
         if isinstance(found, NoRoom) and len(looked_at) < len(eligible):
-            found = self._choose_among(eligible, len(eligible), request, overlaps, now, reserved)
+            found = self._choose_among(eligible, len(eligible), request, overlaps, now, line)
         return found
 
     def _choose_among(
@@ -213,18 +215,18 @@ class RoutingCore:
         request: RouteRequest,
         overlaps: Overlaps,
         now: float,
-        reserved: Container[InstanceId] | None,
+        line: Line | None,
     ) -> Choice | NoRoom:
         expected = self._lengths.expected(request.model, request.max_tokens)
         scores = Scores(request, expected, overlaps, now, load_of=self.load, session=self.session_instance(request))
         totals = scores.totals(candidates)
-        if reserved is None:
+        if line is None:
             winner = self._pick(candidates, totals, now)
         else:
-            rooms = Rooms(request, expected, overlaps, now, load_of=self.load, reserved=reserved)
+            rooms = Rooms(request, expected, overlaps, now, load_of=self.load, line=line)
             picked = self._pick_with_room(candidates, totals, scores, rooms, now)
             if not isinstance(picked, Candidate):
-                return NoRoom(picked, scores.need(candidates[0]))
+                return NoRoom(picked[0], scores.need(candidates[0]), picked[1])
             winner = picked
         rows = scores.rows(candidates, totals, winner)
         overlap = overlaps.of(winner)
@@ -328,8 +330,8 @@ class RoutingCore:
 
     def _pick_with_room(
         self, eligible: Sequence[Candidate], totals: list[float], scores: Scores, rooms: Rooms, now: float
-    ) -> Candidate | InstanceId:
-        """The pick, or the instance to wait for."""
+    ) -> Candidate | tuple[InstanceId, bool]:
+        """The pick; or the instance to wait for, and whether there was room elsewhere."""
         by_cost = self.mode is RouterMode.KV
         if by_cost and rooms.has(first := self._cheapest(eligible, totals, now)):
             return first
@@ -343,7 +345,7 @@ class RoutingCore:
             with_room = [totals[n] for n in have]
             if min(with_room) <= min(waits.values(), default=math.inf):
                 return self._cheapest([eligible[n] for n in have], with_room, now)
-        return min(waits, key=waits.__getitem__) if waits else eligible[0].instance_id
+        return (min(waits, key=waits.__getitem__) if waits else eligible[0].instance_id), bool(have)
 
     def _cheapest(self, eligible: Sequence[Candidate], totals: list[float], now: float) -> Candidate:
         least = min(totals)

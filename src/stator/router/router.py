@@ -8,11 +8,11 @@ index, their load from their reports, and what became of its decisions from the 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from random import Random
 
 from stator.config.schema import ProcessorConfig, RouterConfig
-from stator.core.admission import QueueLimits
+from stator.core.admission import FIRST, Line, QueueLimits, Wait
 from stator.core.candidates import Candidate
 from stator.core.cost import overlap_difference
 from stator.core.overlap_check import outcome_of
@@ -162,20 +162,18 @@ class Router:
             # Those that wait are first, and the line says who may overtake.
             self._waiting.join(call, request, self._core.need(request, candidates, self._now() * 1e3))
         else:
-            choice = self._choose(request, candidates, ())
+            choice = self._choose(request, candidates, FIRST)
             if isinstance(choice, NoRoom):
                 self._waiting.join(call, request, choice.need)
             else:
                 self._answer(call, request, choice, started, 0.0)
 
-    def _place(
-        self, call: Call, request: RouteRequest, waited_s: float, reserved: Container[InstanceId]
-    ) -> InstanceId | None:
+    def _place(self, call: Call, request: RouteRequest, waited_s: float, line: Line) -> Wait | None:
         """Answer a call that waits, or say what it waits for."""
         started = self._clocks.perf_counter()
-        choice = self._choose(request, self._candidates(request.model)[0], reserved)
+        choice = self._choose(request, self._candidates(request.model)[0], line)
         if isinstance(choice, NoRoom):
-            return choice.waits_for
+            return Wait(choice.waits_for, choice.by_choice)
         self._answer(call, request, choice, started, waited_s)
         return None
 
@@ -251,22 +249,20 @@ class Router:
 
     # Decisions
 
-    def _choose(
-        self, request: RouteRequest, candidates: list[Candidate], reserved: Container[InstanceId]
-    ) -> Choice | NoRoom:
+    def _choose(self, request: RouteRequest, candidates: list[Candidate], line: Line) -> Choice | NoRoom:
         """candidates: at least one."""
         now, index, peers = self._now() * 1e3, self.index, self.peers
         if peers is not None:
             self._core.peer_lag_ms = peers.lag_ms()
         if index is None:
-            choice = self._core.admit(request, candidates, now, reserved=reserved)
+            choice = self._core.admit(request, candidates, now, line=line)
         else:
             held = index.overlaps(request.block_hashes)
             looked_at, stale = self._stale.get(request.model, (now - STALE_CHECK_MS, frozenset[InstanceId]()))
             if now - looked_at >= STALE_CHECK_MS:
                 stale = frozenset(c.instance_id for c in candidates if not index.trusted(c.instance_id))
                 self._stale[request.model] = (now, stale)
-            choice = self._core.admit(request, candidates, now, held=held, stale=stale, reserved=reserved)
+            choice = self._core.admit(request, candidates, now, held=held, stale=stale, line=line)
         assert choice is not None
         return choice
 

@@ -2,10 +2,10 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from random import Random
 
-from stator.core.admission import Need, QueueLimits, Reason, Refusal, Waiter, WaitingLines
+from stator.core.admission import Line, Need, QueueLimits, Reason, Refusal, Wait, Waiter, WaitingLines
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId
 from stator.messages.processor import RouteRequest
@@ -14,9 +14,8 @@ from stator.transport.base import Call
 LOOK_EVERY_S = 0.25
 """While somebody waits: predictions change with time alone, and predicted prefill work passes."""
 
-Place = Callable[[Call, RouteRequest, float, Container[InstanceId]], InstanceId | None]
-"""Answer the call from an instance that is not in the container, or say which it waits for. With the seconds it waited.
-"""
+Place = Callable[[Call, RouteRequest, float, Line], Wait | None]
+"""Answer the call, or say what it waits for. With the seconds it waited, and those before it in line."""
 
 
 class WaitingCalls:
@@ -120,13 +119,13 @@ class WaitingCalls:
                 call, _ = self._calls.pop(waiter.number)
                 self._refuse(call, model, refusal, num_instances)
 
-    def _place_waiter(self, waiter: Waiter, reserved: Container[InstanceId]) -> InstanceId | None:
+    def _place_waiter(self, waiter: Waiter, line: Line) -> Wait | None:
         call, _ = self._calls[waiter.number]
         waited_s = (self._now() - waiter.joined_at) / 1e3
-        waits_for = self._place(call, waiter.request, waited_s, reserved)
-        if waits_for is None:
+        wait = self._place(call, waiter.request, waited_s, line)
+        if wait is None:
             del self._calls[waiter.number]
-        return waits_for
+        return wait
 
     def _lose(self, model: str) -> None:
         for call, waiter in list(self._calls.values()):

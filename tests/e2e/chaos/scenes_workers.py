@@ -208,15 +208,22 @@ async def node_frozen(d: Deployment) -> Row:
 async def served_by_all(d: Deployment) -> None:
     """Requests reach every decode worker, and are right there. They are more than the others have places for, since a
     router prefers who has their prefix."""
-    begin = {i: r.load.generation_tokens_total for i, r in (await d.reports("decode")).items()}
+    begin: dict[str, int] = {}
     async with asyncio.timeout(60):
         while True:
+            now = await _generated(d)
+            # One that has come since then may have begun already: what counts is what it does from here on.
+            begin = {i: begin.get(i, num_tokens) for i, num_tokens in now.items()}
+            if len(now) == d.roles["decode"] and all(now[i] > begin[i] for i in now):
+                return
             streams = await d.load.send(stories(8 * d.roles["decode"], max_tokens=24))
             await d.learn([s.body for s in streams])
             assert all(s.completed and s.text == d.expected(s) for s in streams)
-            now = {i: r.load.generation_tokens_total for i, r in (await d.reports("decode")).items()}
-            if now.keys() == begin.keys() and all(now[i] > begin[i] for i in now):
-                return
+
+
+async def _generated(d: Deployment) -> dict[str, int]:
+    """Tokens so far, by instance."""
+    return {i: r.load.generation_tokens_total for i, r in (await d.reports("decode")).items()}
 
 
 async def partition(d: Deployment) -> Row:

@@ -1,4 +1,3 @@
-from collections.abc import Container
 from random import Random
 
 import pytest
@@ -10,10 +9,12 @@ from stator.core.admission import (
     MAX_OVERTAKEN,
     MIN_PACED,
     RETRY_JITTER,
+    Line,
     Need,
     QueueLimits,
     Reason,
     Refusal,
+    Wait,
     Waiter,
     WaitingLines,
 )
@@ -54,15 +55,15 @@ class Fleet:
         assert isinstance(refusal, Refusal)
         return refusal
 
-    def _place(self, waiter: Waiter, reserved: Container[InstanceId]) -> InstanceId | None:
+    def _place(self, waiter: Waiter, line: Line) -> Wait | None:
         self.num_looked += 1
         tokens = waiter.request.num_prompt_tokens
         for name, free in self.free.items():
-            if name not in reserved and free >= tokens:
+            if name not in line.reserved and free >= tokens:
                 self.free[name] -= tokens
                 self.placed.append((waiter.number, name))
                 return None
-        return max(self.free, key=self.free.__getitem__)
+        return Wait(max(self.free, key=self.free.__getitem__))
 
     def serve(self, now: float = 0.0) -> list[int]:
         """Numbers of those that were placed."""

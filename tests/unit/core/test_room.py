@@ -1,8 +1,10 @@
+import math
 from collections import Counter
 from random import Random
 
 import pytest
 
+from stator.core.admission import Line, Need, QueueLimits, Wait, Waiter, WaitingLines
 from stator.core.candidates import Candidate
 from stator.core.cost import StepTime
 from stator.core.instance_speed import DEAD_ZONE, HALF_MS, MAX_SLOWNESS, MIN_OBSERVED, InstanceSpeeds
@@ -138,9 +140,9 @@ def test_reserved_and_excluded_instances_get_nothing(mode: RouterMode) -> None:
     core = RoutingCore(mode, Random(1))
     who = candidates("a", "b", "c")
     for _ in range(5):
-        choice = admit(core, who, request(exclude=(A,)), reserved={B})
+        choice = admit(core, who, request(exclude=(A,)), line=Line({B}, {}))
         assert isinstance(choice, Choice) and choice.winner == C
-    waiting = admit(core, who, request(exclude=(A,)), reserved={B})
+    waiting = admit(core, who, request(exclude=(A,)), line=Line({B}, {}))
     assert isinstance(waiting, NoRoom)
 
 
@@ -165,9 +167,33 @@ def test_a_full_instance_with_the_prefix_is_worth_waiting_for_if_computing_it_el
     assert isinstance(waiting, NoRoom) and waiting.waits_for == A, "16 s of prefill against a place in a moment"
     placed = core.admit(request(160), who, 0.0, held={A: 5})
     assert isinstance(placed, Choice) and placed.winner == B
-    assert isinstance(core.admit(long, who, 0.0, held={A: 999}, reserved={A}), Choice), (
+    assert isinstance(core.admit(long, who, 0.0, held={A: 999}, line=Line({A}, {})), Choice), (
         "not for one that others wait for"
     )
+
+
+def test_those_that_wait_by_choice_count_for_each_other() -> None:
+    """One instance is a little cheaper; the others have nothing to do. A place there is worth a short wait, fifteen
+    requests' one is not."""
+    core = RoutingCore(RouterMode.KV, Random(1))
+    a_little_faster = candidates("a", max_num_seqs=8, step=STEP.scaled(0.6))
+    who = [*a_little_faster, *candidates("b", "c", max_num_seqs=8)]
+    lines = WaitingLines(QueueLimits(), Random(1))
+    placed: Counter[str] = Counter()
+
+    def place(waiter: Waiter, line: Line) -> Wait | None:
+        found = admit(core, who, waiter.request, line=line)
+        if isinstance(found, NoRoom):
+            return Wait(found.waits_for, found.by_choice)
+        placed[found.winner] += 1
+        return None
+
+    for _ in range(24):
+        lines.join(request(max_tokens=24), Need(1.0, 1.0), 0.0, deadline=math.inf, num_instances=3)
+    lines.serve("m", place, 0.0, 3)
+    assert placed["a"] == 9, "all that it is let have"
+    assert lines.num_waiting < 6, "a few wait for it"
+    assert placed["b"] and placed["c"] and placed.total() == 24 - lines.num_waiting
 
 
 def observe(speeds: InstanceSpeeds, now: float, **ratios: float) -> None:
