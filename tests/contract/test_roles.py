@@ -1,6 +1,7 @@
 """deploy/secure on the real servers: each role can do what its nodes do, and not what another's do."""
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -9,15 +10,21 @@ import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from stator.config.external import EtcdSettings, NatsSettings
+from stator.core.job_queue_events import QueueLimits, QueueSize
+from stator.core.replicated_queue import Body, Entry, LoggedAck, LoggedPut
 from stator.core.settings import SETTINGS
 from stator.discovery.etcd import EtcdDiscovery
+from stator.discovery.memory import MemoryDiscovery, MemoryKeyStore
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId, JobId
+from stator.queue import nats as nats_queue
 from stator.queue.nats import NatsQueue
-from stator.queue.nats_connection import NatsConnection
+from stator.queue.nats_connection import JetStreamError, NatsConnection
+from stator.queue.nats_log import LogNames
 from stator.testing.real_servers import EtcdServer, NatsServer
 
 pytestmark = pytest.mark.servers
@@ -114,6 +121,52 @@ def nats_with_roles(directory: Path) -> NatsServer:
     return NatsServer(directory / "nats", config=text)
 
 
+async def opened_queue(nats: NatsServer, role: str, namespace: str = NAMESPACE) -> tuple[NatsConnection, NatsQueue]:
+    settings = NatsSettings((nats.address,), user=role, password=password(role))
+    connection = NatsConnection(settings, timeout_s=TIMEOUT_S, random_source=random.Random())
+    leases = MemoryDiscovery(MemoryKeyStore())
+    return connection, NatsQueue(connection, leases, namespace=namespace, timeout_s=TIMEOUT_S)
+
+
+def test_streams_and_snapshots_are_the_decode_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill node that is first waits for them; at its turn to write a snapshot it leaves that to others."""
+    monkeypatch.setattr(nats_queue, "SNAPSHOT_EVERY", 10)
+
+    async def scene() -> None:
+        for role in ROLES:
+            monkeypatch.setenv(f"STATOR_NATS_{role.upper()}_PASSWORD", password(role))
+        nats = nats_with_roles(tmp_path)
+        await nats.start()
+        opened = [await opened_queue(nats, role) for role in ("prefill", "decode")]
+        (_, prefill), (connection, decode) = opened
+        try:
+            with pytest.raises(StatorError):
+                await prefill.size()
+            await decode.put(JobId("first"), b"")
+            assert (await prefill.size()).waiting == 1
+            # Only who is not let write them is asked for a while.
+            monkeypatch.setattr(decode, "_may_write_snapshots", False)
+            while prefill._may_write_snapshots:
+                await prefill.size()
+            monkeypatch.undo()
+            monkeypatch.setattr(nats_queue, "SNAPSHOT_EVERY", 10)
+            names = LogNames(NAMESPACE, "prefill", QueueLimits())
+            head = {"last_by_subj": f"{names.subject}.snap.head"}
+            while True:
+                await decode.size()
+                with contextlib.suppress(JetStreamError):
+                    await connection.api(f"STREAM.MSG.GET.{names.snap}", head, dict)
+                    break
+            assert (await prefill.size()).waiting == 1
+        finally:
+            for connection, made in opened:
+                await made.close()
+                await connection.close()
+            await nats.kill()
+
+    run(scene)
+
+
 def test_who_puts_jobs_and_who_takes_them_in_nats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         for role in ROLES:
@@ -154,6 +207,18 @@ def test_who_puts_jobs_and_who_takes_them_in_nats(tmp_path: Path, monkeypatch: p
             with pytest.raises(StatorError, match="does not let us in"):
                 await queue("decode", "guessed").put(JobId("of a stranger"), b"")
             assert (await decode.size()).waiting == 0
+            # By hand, where a prefill node may write: a job, and what is no entry at all.
+            names = LogNames(NAMESPACE, "prefill", QueueLimits())
+            where, by_hand = f"{names.subject}.log.event", opened[1][1]
+            forged = Entry("somebody", 1, LoggedPut(JobId("forged"), Body("b", 1)))
+            for data in (msgspec.msgpack.encode(forged), b"\xc1garbage"):
+                await by_hand.request(where, data, timeout_s=TIMEOUT_S)
+            assert [await member.size() for member in (decode, prefill, operator)] == [QueueSize(0, 0)] * 3
+            # What a role may not do is said at once, and by name.
+            for member, event in ((operator, LoggedAck(JobId("a"), 1)), (prefill, LoggedPut(JobId("a"), Body("b", 1)))):
+                with pytest.raises(StatorError, match="does not let our user publish on") as refused:
+                    await member._ask(event)
+                assert refused.value.code is ErrorCode.UNAUTHORIZED
         finally:
             for found, connection, made in opened:
                 await made.close()

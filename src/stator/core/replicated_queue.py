@@ -12,13 +12,18 @@ Something else (a JetStream stream) orders the events, stores them, and stamps e
 - A snapshot is the whole state after one event. A member that is new, or that missed events which are deleted by now,
   begins with the latest and applies what came after it.
 
+An entry that cannot be read, or that lies where its writer may not have written such an event (`entry_of`), changes
+nothing but the clock, at every member alike.
+
 Members that apply different rules would disagree about who has a job. The log's name has therefore to name the rules
-(`RULES`, to be raised with every change of `core.job_queue` that changes an outcome) and the limits: `log_version`.
+(`RULES`, to be raised with every change of `core.job_queue` or of this file that changes an outcome) and the limits:
+`log_version`.
 """
 
 import zlib
 from collections import deque
 from dataclasses import dataclass
+from enum import StrEnum
 
 import msgspec
 
@@ -45,7 +50,7 @@ from stator.core.job_queue_events import (
 )
 from stator.ids import InstanceId, JobId, LeaseId
 
-RULES = 1
+RULES = 2
 MAX_STEP_S = 10.0
 
 
@@ -128,6 +133,35 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     writer: str
     number: int
     event: Logged
+
+
+class Place(StrEnum):
+    """Where in the log an event of some kind belongs. Who may write there is for the log's server to say."""
+
+    PUT = "put"
+    EVENT = "event"
+    TICK = "tick"
+
+
+def place_of(event: Logged) -> Place:
+    if isinstance(event, LoggedPut):
+        return Place.PUT
+    return Place.TICK if isinstance(event, LoggedTick) else Place.EVENT
+
+
+class Misplaced(Exception):
+    """An entry to be applied as a tick. It says why."""
+
+
+def entry_of(data: bytes, place: Place | None) -> Entry:
+    """place: where it was found; None for one that there is not. Raises Misplaced."""
+    try:
+        entry = msgspec.msgpack.decode(data, type=Entry)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise Misplaced(f"it is no entry: {error}") from None
+    if place_of(entry.event) is not place:
+        raise Misplaced(f"a {place_of(entry.event)} does not belong there; its writer may not be who may write one")
+    return entry
 
 
 class _Snapshot(msgspec.Struct, frozen=True, array_like=True):

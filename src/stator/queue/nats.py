@@ -105,6 +105,7 @@ class NatsQueue:
         self._abandoning: asyncio.Task[None] | None = None
         self._ticker: asyncio.TimerHandle | None = None
         self._snapshot: asyncio.TimerHandle | None = None
+        self._may_write_snapshots = True
         self._synced = False
         self._news = _News()
         self._consumers = _Consumers(self, discovery)
@@ -381,6 +382,8 @@ class NatsQueue:
 
     def _set_snapshot(self) -> None:
         copy = self._copy
+        if not self._may_write_snapshots:
+            return
         if copy is None or self._closing or copy.sequence - copy.snapshot_sequence < SNAPSHOT_EVERY:
             if self._snapshot is not None:
                 self._snapshot.cancel()
@@ -405,7 +408,12 @@ class NatsQueue:
             if before > 0:
                 await self._log.shorten(before + 1)
         except StatorError as error:
-            logger.warning("queue %s: no snapshot was written: %s", self.name, error.message)
+            if error.code is ErrorCode.UNAUTHORIZED:
+                # By its role; the others are left to write them.
+                self._may_write_snapshots = False
+                logger.info("queue %s: snapshots are left to others: %s", self.name, error.message)
+            else:
+                logger.warning("queue %s: no snapshot was written: %s", self.name, error.message)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         return self._tasks.spawn(coroutine, name)

@@ -7,7 +7,9 @@ that was given up must not be carried out after its job was done elsewhere.
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar
 
@@ -32,6 +34,8 @@ PING_INTERVAL_S = 5
 MAX_PINGS_OUT = 2
 MAX_BACKOFF_S = 1.0
 CHECK_S = 1.0
+
+_VIOLATION = re.compile(r"permissions violation for publish to \"([^\"]+)\"", re.IGNORECASE)
 
 Listener = Callable[[bool], None]
 
@@ -58,6 +62,19 @@ class NoResponders(Exception):
     """Nobody listens to the subject: there is no such stream, or no JetStream."""
 
 
+@dataclass(eq=False, slots=True)
+class _Asking:
+    """A request on its way. forbidden: the server has said so."""
+
+    subject: str
+    scope: asyncio.Timeout | None = None
+    forbidden: bool = False
+
+    def give_up(self) -> None:
+        if self.scope is not None:
+            self.scope.reschedule(loop_time())
+
+
 class NatsConnection:
     """Shared by the queues of a process. It connects when it is first used, and until `close` again and again."""
 
@@ -71,7 +88,7 @@ class NatsConnection:
         self._up = asyncio.Event()
         self._gone = asyncio.Event()
         self._closed = asyncio.Event()
-        self._scopes: set[asyncio.Timeout] = set()
+        self._asking: set[_Asking] = set()
         self._listeners: list[Listener] = []
         self._reasons: dict[str, str] = {}
         self._refused = False
@@ -112,12 +129,13 @@ class NatsConnection:
         self, subject: str, payload: bytes, *, timeout_s: float, headers: Mapping[str, str] | None = None
     ) -> Msg:
         """One try. Raises StatorError(INSTANCE_LOST) without an answer in time, at once if the connection is lost;
-        UNAUTHORIZED if no server lets us in; NoResponders."""
+        UNAUTHORIZED if no server lets us in, or our user may not publish there; NoResponders."""
         self._check_open()
         self.start()
+        asking = _Asking(subject)
         try:
-            async with asyncio.timeout(timeout_s) as scope:
-                self._scopes.add(scope)
+            async with asyncio.timeout(timeout_s) as asking.scope:
+                self._asking.add(asking)
                 try:
                     if self._refused and not self.is_up:
                         raise self._refusal()
@@ -126,11 +144,13 @@ class NatsConnection:
                     own = None if headers is None else dict(headers)
                     return await self._client.request(subject, payload, timeout=timeout_s + 1.0, headers=own)
                 finally:
-                    self._scopes.discard(scope)
+                    self._asking.discard(asking)
         except errors.NoRespondersError:
             raise NoResponders(subject) from None
         except (TimeoutError, errors.Error, OSError, asyncio.InvalidStateError) as error:
             self._check_open()
+            if asking.forbidden:
+                raise self._forbids(subject) from error
             raise self.lost(f"did not answer within {timeout_s:g} s" if self.is_up else _text(error)) from error
 
     async def api(self, call: str, body: Any, kind: type[T], *, timeout_s: float | None = None) -> T:
@@ -193,6 +213,13 @@ class NatsConnection:
             f"NATS_AUTH_TOKEN, NATS_AUTH_NKEY, NATS_AUTH_CREDENTIALS_FILE",
         )
 
+    def _forbids(self, subject: str) -> StatorError:
+        return StatorError(
+            ErrorCode.UNAUTHORIZED,
+            f"{self.name} does not let our user publish on {subject}; give it the user of its node's role "
+            f"(NATS_AUTH_USERNAME, docs/guide/security.md)",
+        )
+
     async def _keep(self) -> None:
         backoff = Backoff(self.random_source, MAX_BACKOFF_S)
         servers = list(self.settings.servers)
@@ -251,8 +278,8 @@ class NatsConnection:
         refused = isinstance(error, errors.AuthorizationError) or "uthorization" in _text(error)
         if refused:
             self._refused = True
-            for scope in list(self._scopes):
-                scope.reschedule(loop_time())
+            for asking in list(self._asking):
+                asking.give_up()
 
     def _options(self) -> dict[str, Any]:
         settings = self.settings
@@ -281,6 +308,12 @@ class NatsConnection:
     async def _on_error(self, error: Exception) -> None:
         self._detail = error
         logger.debug("NATS: %s", _text(error))
+        # The server names the subject, not the request; nats-py may tell it in small letters.
+        if (found := _VIOLATION.search(_text(error))) is not None:
+            for asking in self._asking:
+                if asking.subject.lower() == found[1].lower():
+                    asking.forbidden = True
+                    asking.give_up()
 
     async def _on_closed(self) -> None:
         self._client = None
@@ -294,8 +327,8 @@ class NatsConnection:
         else:
             self._up.clear()
             self._gone.set()
-            for scope in list(self._scopes):
-                scope.reschedule(loop_time())
+            for asking in list(self._asking):
+                asking.give_up()
         for listener in list(self._listeners):
             listener(up)
 

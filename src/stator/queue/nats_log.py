@@ -20,7 +20,19 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from stator.core.job_queue_events import QueueLimits
-from stator.core.replicated_queue import Applied, Body, Entry, LoggedPut, ReplicatedQueue, log_version
+from stator.core.replicated_queue import (
+    Applied,
+    Body,
+    Entry,
+    LoggedPut,
+    LoggedTick,
+    Misplaced,
+    Place,
+    ReplicatedQueue,
+    entry_of,
+    log_version,
+    place_of,
+)
 from stator.errors import ErrorCode, StatorError
 from stator.hub.client import Backoff
 from stator.queue.nats_connection import JetStreamError, NatsConnection, NoResponders
@@ -38,6 +50,8 @@ LOAD_TRIES = 5
 TRY_S = 2.0
 _PART_ROOM = 8 * 1024
 _NS = 1_000_000_000
+
+_PLACES = {place.value: place for place in Place}
 
 _NOT_FOUND, _NO_MESSAGE, _EXISTS = 10059, 10037, 10058
 _FULL = {10047, 10077, 10122, 10023}
@@ -85,11 +99,19 @@ class LogNames:
         self.subject = f"stator.{plain[0]}.{whole}"
 
     def event(self, entry: Entry) -> str:
-        """One subject for the shared line, one for each instance's, and one for all that is no job."""
+        """One subject for the shared line of jobs, one for each instance's, one for ticks, and one for all else: a
+        server's permissions go by them (deploy/secure/nats.conf)."""
+        place = place_of(entry.event)
         if not isinstance(entry.event, LoggedPut):
-            return f"{self.subject}.log.event"
+            return f"{self.subject}.log.{place}"
         preferred = entry.event.preferred
-        return f"{self.subject}.log." + ("shared" if preferred is None else f"instance.{_token(preferred)}")
+        return f"{self.subject}.log.{place}." + ("shared" if preferred is None else f"instance.{_token(preferred)}")
+
+    def place(self, subject: str) -> Place | None:
+        """Of what was found there; None for a subject that no event has."""
+        name, _, rest = subject.removeprefix(f"{self.subject}.log.").partition(".")
+        place = _PLACES.get(name)
+        return place if bool(rest) == (place is Place.PUT) else None
 
 
 class QueueLog:
@@ -428,7 +450,13 @@ class QueueLog:
                 return
             logger.error("%s has no events %d to %d any more", self._names.log, copy.sequence + 1, sequence - 1)
             copy.skip(sequence - 1)
-        entry = msgspec.msgpack.decode(message.data, type=Entry)
+        try:
+            entry = entry_of(message.data, self._names.place(message.subject))
+        except Misplaced as error:
+            logger.warning(
+                "%s: entry %d on %s counts for nothing: %s", self._names.log, sequence, message.subject, error
+            )
+            entry = Entry("", 0, LoggedTick())
         self._on_event(entry, copy.apply(sequence, stamp_s, entry.event))
         if sequence == self._target:
             self._on_synced()

@@ -163,3 +163,37 @@ def test_who_begins_with_a_snapshot_agrees_with_who_was_there(
             log.member.size, log.member.due_in_s, log.member.leases,
         )  # fmt: skip
     assert late.dead_letters == log.member.dead_letters
+
+
+EVENTS = (
+    rq.LoggedPut(JobId("a"), Body("b", 1)),
+    rq.LoggedPull(1, InstanceId("w"), LeaseId(7), 1, 0.0),
+    rq.LoggedExtend(JobId("a"), 1),
+    rq.LoggedAck(JobId("a"), 1),
+    rq.LoggedNack(JobId("a"), 1),
+    rq.LoggedCancel(JobId("a")),
+    rq.LoggedAbandon(1),
+    rq.LoggedEndLease(LeaseId(7)),
+    rq.LoggedTick(),
+    rq.LoggedSnapshot(3),
+)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_an_entry_counts_only_where_its_kind_belongs(event: rq.Logged) -> None:
+    entry = rq.Entry("me", 1, event)
+    data = msgspec.msgpack.encode(entry)
+    assert rq.entry_of(data, rq.place_of(event)) == entry
+    for place in (*rq.Place, None):
+        if place is not rq.place_of(event):
+            with pytest.raises(rq.Misplaced):
+                rq.entry_of(data, place)
+
+
+@given(st.binary(max_size=64), st.sampled_from([*rq.Place, None]))
+def test_what_is_no_entry_is_misplaced_and_breaks_nobody(data: bytes, place: rq.Place | None) -> None:
+    try:
+        entry = rq.entry_of(data, place)
+    except rq.Misplaced:
+        return
+    assert rq.place_of(entry.event) is place
