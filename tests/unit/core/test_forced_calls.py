@@ -8,25 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from output_samples import calls, content, parser, reasoning, run
 
-from stator.core.structured import ChoiceOutput, GrammarOutput, JsonOutput, RegexOutput, as_node
 from stator.core.tools.base import ToolSet
 from stator.core.tools.forced import constrained_answer, force
-from stator.core.tools.grammar import (
-    NOTHING,
-    Choice,
-    Json,
-    Literal,
-    Node,
-    Regex,
-    Repeat,
-    Sequence,
-    TextUntil,
-    optional,
-    to_lark,
-    to_structural_tag,
-)
+from stator.core.tools.grammar import NOTHING, optional, to_lark, to_structural_tag
 from stator.core.tools.registry import TOOL_FORMATS, make_parser, reasoning_format, tool_format
 from stator.errors import StatorError
+from stator.messages.grammar import Choice, Json, Literal, Node, Regex, Repeat, Sequence, TextUntil
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -180,18 +167,15 @@ def test_reasoning_of_a_sample_is_read_back() -> None:
 
 
 def test_a_constrained_answer_comes_behind_free_reasoning() -> None:
-    answer = as_node(JsonOutput({"type": "object"}))
-    assert answer is not None
+    answer = Json({"type": "object"})
     assert constrained_answer(answer) is answer
     assert to_lark(constrained_answer(answer, reasoning=THINK, is_open=True)).count("[lazy]") == 1
     final = constrained_answer(answer, is_harmony=True)
     assert isinstance(final, Sequence) and final.parts[1] == Literal("<|channel|>final<|message|>")
-    assert as_node(GrammarOutput("x")) is None
 
 
 def test_a_regular_expression_and_a_choice() -> None:
-    pattern, choice = as_node(RegexOutput("a/b\\/c\nd")), as_node(ChoiceOutput(("a", 'b"')))
-    assert pattern is not None and choice is not None
+    pattern, choice = Regex("a/b\\/c\nd"), Choice((Literal("a"), Literal('b"')))
     assert "start: /a\\/b\\/c\\nd/" in to_lark(pattern)
     assert to_structural_tag(pattern)["format"] == {"type": "regex", "pattern": "a/b\\/c\nd"}
     assert to_lark(choice).splitlines()[1:] == ["start: r0 | r1", 'r0: "a"', 'r1: "b\\""']

@@ -5,8 +5,9 @@ from typing import Any
 from stator.messages.engine import EngineRequest, SamplingParams
 from stator.messages.tokens import num_tokens
 
-CANNOT_RESUME = ("seed", "presence_penalty", "frequency_penalty")
-"""vLLM takes resumed output for prompt: it draws from the seed's beginning, and penalties over output do not see it.
+CANNOT_RESUME = ("seed", "presence_penalty", "frequency_penalty", "grammar")
+"""vLLM takes resumed output for prompt: it draws from the seed's beginning, and penalties over output and grammars do
+not see it.
 The repetition penalty counts prompt and output alike."""
 
 
