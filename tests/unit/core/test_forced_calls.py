@@ -109,17 +109,19 @@ def test_what_the_grammar_allows_the_parser_reads_as_calls(
 
 def test_the_grammar_of_one_named_function() -> None:
     node = force(tool_format("hermes").styles, TOOLS, ["ping"], parallel=False)
+    spaced = '"x-guidance": {"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "}'
     assert to_lark(node).splitlines() == [
         "%llguidance {}",
         "start: r0",
         'r1: "<tool_call>\\n{\\"name\\": \\"ping\\", \\"arguments\\": "',
-        'r2: %json {"type": "object", "properties": {}}',
+        f'r2: %json {{"type": "object", "properties": {{}}, {spaced}}}',
         'r3: "}\\n</tool_call>"',
         "r0: r1 r2 r3",
     ]
     assert to_structural_tag(node)["format"]["elements"][1] == {
         "type": "json_schema",
         "json_schema": {"type": "object", "properties": {}},
+        "max_whitespace_cnt": 16,
     }
 
 

@@ -95,6 +95,10 @@ def _in_slashes(text: str) -> str:
     return re.sub(r"[.^$*+?{}\[\]\\|()/]", r"\\\g<0>", text).replace("\n", "\\n")
 
 
+MAX_WHITESPACE_CHARS = 16
+"""Between two parts of a JSON value: room for a line break and an indent, not for an output of nothing else."""
+
+
 def to_structural_tag(node: Node, special_tokens: Mapping[str, int] | None = None) -> dict[str, Any]:
     """A structural tag as xgrammar reads it (its `format` kind). special_tokens: text to id."""
     return {"type": "structural_tag", "format": _format(node, special_tokens or {})}
@@ -111,7 +115,7 @@ def _format(node: Node, special_tokens: Mapping[str, int]) -> dict[str, Any]:
                 ]
             )
         case Json(schema):
-            return {"type": "json_schema", "json_schema": dict(schema)}
+            return {"type": "json_schema", "json_schema": dict(schema), "max_whitespace_cnt": MAX_WHITESPACE_CHARS}
         case Regex(pattern):
             return {"type": "regex", "pattern": pattern}
         case TextUntil(end):

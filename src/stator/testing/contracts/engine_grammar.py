@@ -40,7 +40,7 @@ class EngineGrammarContract(EngineSuite):
     )
 
     def _request(self, name: str, grammar: Grammar, **fields: Any) -> EngineRequest:
-        wanted = {"grammar": grammar, "ignore_eos": False, "max_tokens": 64, **fields}
+        wanted: dict[str, Any] = {"grammar": grammar, "ignore_eos": False, "max_tokens": 100, **fields}
         return make_request(name, self.prompt(9), **wanted)
 
     def _text(self, sink: RecordingSink) -> str:
@@ -60,7 +60,7 @@ class EngineGrammarContract(EngineSuite):
                     sink = one.generate(self._request(name, grammar, temperature=temperature, seed=number))
                     assert (await sink.wait()).finish_reason is FinishReason.STOP
                     assert re.fullmatch(pattern, self._text(sink)), self._text(sink)
-            people = [one.generate(self._request(f"p{n}", Json(PERSON), temperature=1.0, seed=n)) for n in range(4)]
+            people = [one.generate(self._request(f"p{n}", Json(PERSON), temperature=1.0)) for n in range(4)]
             for sink in people:
                 assert (await sink.wait()).finish_reason is FinishReason.STOP
                 person = json.loads(self._text(sink))
@@ -72,7 +72,7 @@ class EngineGrammarContract(EngineSuite):
     def test_a_part_may_be_free(self) -> None:
         async def scenario(one: BenchEngine, two: BenchEngine) -> None:
             grammar = Sequence((Literal("<call>"), Json(PERSON), Literal("</call>")))
-            sink = one.generate(self._request("a", grammar))
+            sink = one.generate(self._request("a", grammar, max_tokens=300))
             assert (await sink.wait()).finish_reason is FinishReason.STOP
             text = self._text(sink)
             assert text.startswith("<call>{") and text.endswith("}</call>")

@@ -46,7 +46,7 @@ class EngineScoresContract(EngineSuite):
         async def scenario(one: BenchEngine, two: BenchEngine) -> None:
             assert set(one.info.cannot) <= set(SamplingParams.__struct_fields__)
             for field, value in _FIELDS.items():
-                fields = {field: value, "ignore_eos": field not in _ENDS}
+                fields: dict[str, Any] = {field: value, "ignore_eos": field not in _ENDS}
                 sink = one.generate(make_request(field, self.prompt(5), **fields))
                 if self.can(one, **{field: value}):
                     num_tokens = len((await sink.wait()).token_ids)
