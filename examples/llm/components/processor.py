@@ -36,7 +36,11 @@ class Processor:
             rng=context.rng,
             directory=context.directory,
             settings=processor.ProcessorSettings(
-                migration_limit=config.migration_limit, migration_wait_s=config.migration_wait_s
+                migration_limit=config.migration_limit,
+                migration_wait_s=config.migration_wait_s,
+                tool_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
+                model_type=processor.model_type(model_dir),
             ),
             defaults=processor.SamplingDefaults.load(model_dir),
         )

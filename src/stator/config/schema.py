@@ -106,6 +106,16 @@ class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
             extra={"unit": "s"},
         ),
     ] = 30.0
+    tool_call_parser: (
+        Annotated[str, Meta(description="How the model writes tool calls, by vLLM's names; default: by its template.")]
+        | None
+    ) = None
+    reasoning_parser: (
+        Annotated[
+            str, Meta(description="How the model marks its reasoning, by vLLM's names; default: by its template.")
+        ]
+        | None
+    ) = None
     router: Annotated[RouterName, Meta(description="How a decode worker is chosen.")] = "kv"
     trust_remote_code: Annotated[bool, Meta(description="Accepted for older files; the tokenizer runs no code.")] = (
         False

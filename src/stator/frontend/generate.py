@@ -264,16 +264,17 @@ class Generation:
 
     async def _answer_stream(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
         options = request.stream_options
-        plain, created = is_plain(request), int(self._wall())
+        created = int(self._wall())
         encoder: ChunkEncoder | DetailedEncoder
+        deltas = await stream.batch()
+        if not deltas:
+            raise _unfinished()
+        plain = is_plain(request) and not deltas[0].parsed
         if plain:
             usage = options is not None and options.include_usage
             encoder = ChunkEncoder(record.endpoint, http.call_id, request.model, created, include_usage=usage)
         else:
             encoder = DetailedEncoder(record.endpoint, http.call_id, request, created)
-        deltas = await stream.batch()
-        if not deltas:
-            raise _unfinished()
         last = deltas[-1]
         if last.ending is not None and plain:
             _usage(last)
@@ -292,17 +293,17 @@ class Generation:
         await http.finish_events(events + DONE)
 
     async def _answer_whole(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
-        if not is_plain(request):
-            await self._answer_whole_detailed(http, request, stream, record)
+        deltas = await stream.batch()
+        if not is_plain(request) or (deltas and deltas[0].parsed):
+            await self._answer_whole_detailed(http, request, stream, deltas, record)
             return
         texts: list[str] = []
         last = CompletionDelta()
-        explanation: Headers = ()
-        while deltas := await stream.batch():
-            if not texts:
-                explanation = _explanation(deltas[0])
+        explanation: Headers = _explanation(deltas[0]) if deltas else ()
+        while deltas:
             texts += [delta.text for delta in deltas]
             last = deltas[-1]
+            deltas = await stream.batch()
         usage = _finish(record, last)
         body = encode_whole(
             record.endpoint, http.call_id, request.model, int(self._wall()), texts, record.ending.value, usage
@@ -310,17 +311,23 @@ class Generation:
         await http.respond(200, body, headers=explanation)
 
     async def _answer_whole_detailed(
-        self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record
+        self,
+        http: HttpExchange,
+        request: Request,
+        stream: DeltaStream,
+        deltas: Sequence[CompletionDelta],
+        record: _Record,
     ) -> None:
+        """deltas: the first ones."""
         answer = DetailedAnswer(record.endpoint, http.call_id, request, int(self._wall()))
-        last, explanation = CompletionDelta(), None
-        while deltas := await stream.batch():
-            if explanation is None:
-                explanation = _explanation(deltas[0])
+        last = CompletionDelta()
+        explanation: Headers = _explanation(deltas[0]) if deltas else ()
+        while deltas:
             answer.add(deltas)
             last = deltas[-1]
+            deltas = await stream.batch()
         usage = _finish(record, last, may_be_empty=shows_prompt_only(request))
-        await http.respond(200, answer.encode(usage), headers=explanation or ())
+        await http.respond(200, answer.encode(usage), headers=explanation)
 
     def _account(self, http: HttpExchange, record: _Record, now: float) -> None:
         metrics, labels = self._metrics, (record.model, record.endpoint)

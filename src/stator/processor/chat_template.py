@@ -10,7 +10,7 @@ list of parts, tool results, a developer role) is found out at load by rendering
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +26,8 @@ from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.messages.openai import ChatMessage, TextPart
 
 _Message = dict[str, Any]
+
+_NO_ARGUMENTS: Mapping[str, Any] = {}
 
 PARTS_SEPARATOR = "\n"
 """Between text parts for a template that takes strings only, as vLLM joins them."""
@@ -130,8 +132,16 @@ class ChatTemplate:
         self._mentions_tool_calls = "tool_calls" in source
         self._takes_tool = {role: self._shows(*_tool_probe(role)) for role in ("tool", "function")}
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        arguments: Mapping[str, Any] = _NO_ARGUMENTS,
+    ) -> str:
         """The prompt's text, special tokens included: encode it without adding any.
+
+        tools: in OpenAI's shape. arguments: more of the template's own variables.
 
         Raises StatorError(INVALID_REQUEST), with the template's own message if it refuses the conversation, or
         UNSUPPORTED for a message that this template would drop in silence.
@@ -140,7 +150,7 @@ class ChatTemplate:
             raise StatorError(ErrorCode.INVALID_REQUEST, "messages must not be empty", param="messages")
         prepared = [self._prepare(message, f"messages[{index}]") for index, message in enumerate(messages)]
         try:
-            return self._render(prepared)
+            return self._render(prepared, list(tools) or None, arguments)
         except TemplateRefusal as refusal:
             raise StatorError(ErrorCode.INVALID_REQUEST, str(refusal), param="messages") from refusal
         except Exception as error:  # a template is a program: anything may come out of it
@@ -150,9 +160,19 @@ class ChatTemplate:
                 param="messages",
             ) from error
 
-    def _render(self, messages: list[_Message]) -> str:
+    def _render(
+        self,
+        messages: list[_Message],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] = _NO_ARGUMENTS,
+    ) -> str:
         return self._template.render(
-            **self._special_tokens, messages=messages, tools=None, documents=None, add_generation_prompt=True
+            **self._special_tokens,
+            **arguments,
+            messages=messages,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=True,
         )
 
     def _shows(self, *messages: _Message) -> bool:
@@ -173,6 +193,10 @@ class ChatTemplate:
             prepared["name"] = message.name
         if message.tool_calls is not None:
             prepared["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
+        reasoning = message.reasoning_content or message.reasoning
+        if reasoning:
+            # Templates know either name.
+            prepared |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if message.tool_call_id is not None:
             prepared["tool_call_id"] = message.tool_call_id
         return prepared

@@ -114,13 +114,13 @@ def test_the_grammar_of_one_named_function() -> None:
         "%llguidance {}",
         "start: r0",
         'r1: "<tool_call>\\n{\\"name\\": \\"ping\\", \\"arguments\\": "',
-        f'r2: %json {{"type": "object", "properties": {{}}, {spaced}}}',
+        f'r2: %json {{"type": "object", "properties": {{}}, "additionalProperties": false, {spaced}}}',
         'r3: "}\\n</tool_call>"',
         "r0: r1 r2 r3",
     ]
     assert to_structural_tag(node)["format"]["elements"][1] == {
         "type": "json_schema",
-        "json_schema": {"type": "object", "properties": {}},
+        "json_schema": {"type": "object", "properties": {}, "additionalProperties": False},
         "max_whitespace_cnt": 16,
     }
 

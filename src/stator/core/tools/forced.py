@@ -31,6 +31,7 @@ class Arguments(Enum):
 MAX_COPIED_BYTES = 1 << 20
 MAX_PARAMETERS = 256
 MAX_LEADING = 16
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _NAME = "NAME"
 _XML_NAME = re.compile(r"[^<>\n]+")
 _PYTHON_NAME = re.compile(r"\w+")
@@ -142,7 +143,7 @@ def _tagged_thinking(reasoning: TagFormat | None, *, is_open: bool) -> Node:
 
 
 def _call(style: Style, name: str, parameters: Mapping[str, Any] | None) -> Node:
-    schema = parameters or {"type": "object", "properties": {}}
+    schema = parameters or _NO_PARAMETERS
     match style.arguments:
         case Arguments.JSON:
             arguments: Node = Json(dict(schema))
