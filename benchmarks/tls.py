@@ -30,7 +30,6 @@ from typing import Any
 
 import msgspec
 import uvloop
-from hot_path import machine, spin_ms
 from transport import CONTEXT, Count, Steps
 
 from stator.config.authority import issue, make_authority
@@ -278,6 +277,8 @@ def main() -> None:
     if options.serve is not None:
         uvloop.run(serve(identity(options.serve, options.way)))
         return
+    from hot_path import machine, spin_ms  # Half of what a server's process would need to start.
+
     names = options.only.split(",") if options.only else list(LOADS)
     print(f"{machine()}, {ssl.OPENSSL_VERSION}, spin_ms {spin_ms():.2f}")
     with tempfile.TemporaryDirectory() as folder:
