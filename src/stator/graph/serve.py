@@ -91,7 +91,7 @@ async def _control_plane(options: ServeOptions, node: Node, terminal: Terminal) 
         return
     host = options.hub_host or options.host
     listen = Listen(host=host, port=options.hub_port, advertise=node.advertise)
-    async with running_hub(options.namespace, secret, listen) as port:
+    async with running_hub(options.namespace, secret, listen, node.guests()) as port:
         local = "127.0.0.1" if network.is_wildcard(host) else host
         yield _ControlPlane(secret, (local, port), (node.advertise, port))
 
