@@ -119,7 +119,9 @@ def test_a_second_graph_joins_the_hub_and_leaves(tmp_path: Path, fronts: list[Fr
     check_second_graph_comes_and_goes(
         front, ["--join", f"127.0.0.1:{hub_port}", "--token-file", str(token)], state="state"
     )
-    stranger = front.start_other("--namespace", "nobodys", "--join", f"127.0.0.1:{hub_port}", "--token-file", str(token))
+    stranger = front.start_other(
+        "--namespace", "nobodys", "--join", f"127.0.0.1:{hub_port}", "--token-file", str(token)
+    )
     stranger.wait_for("list 'nobodys' in Frontend.namespaces", 30)
     assert front.serve.stop() == 0
 
