@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ pytestmark = pytest.mark.timeout(180)
 
 SIM = ["--VllmWorker.sim-speed=50", "--VllmWorker.remote-prefill=false"]
 OTHER = "bert"
+GRAPH = "graphs.agg_router:Processor"
 
 
 class Front:
@@ -36,9 +36,9 @@ class Front:
         self.started.append(serve := Serve(command, state_dir=self.directory / state, env=self.env))
         return serve
 
-    def start_other(self, *flags: str, state: str = "state") -> Serve:
+    def start_other(self, target: str, *flags: str, state: str = "state") -> Serve:
         own = ["--Frontend.served_model_name=theirs", "--namespace", OTHER]
-        return self.start("graphs.agg_router:Processor", *own, *flags, state=state)
+        return self.start(target, *own, *flags, state=state)
 
     def get(self, path: str) -> tuple[int, bytes]:
         return answered(f"http://127.0.0.1:{self.port}{path}")
@@ -54,11 +54,9 @@ class Front:
         status, answer = answered(f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode())
         return status, json.loads(answer)
 
-    def listed(self, *models: str) -> float:
-        """Seconds until just these models are listed."""
-        begun = time.monotonic()
+    def listed(self, *models: str) -> None:
+        """Returns when just these models are listed."""
         eventually(self.models, lambda now: now == list(models))
-        return time.monotonic() - begun
 
     def kill(self) -> None:
         for serve in self.started:
@@ -89,7 +87,12 @@ def check_second_graph_comes_and_goes(front: Front, joining: list[str], state: s
     status, refused = front.ask("theirs")
     assert status == 404 and "Models served here: ours." in refused["error"]["message"]
 
-    other = front.start_other(*joining, state=state)
+    other = front.start_other(GRAPH, *joining, "--VllmWorker.ServiceArgs.workers=0", state=state)
+    eventually(front.health, lambda now: now["reasons"] == [f"namespace {OTHER}: no worker is ready"])
+    assert front.models() == ["ours"]
+    status, refused = front.ask("theirs")
+    assert (status, refused["error"]["code"]) == (503, "no_instance")
+    worker = front.start_other("components.worker:VllmWorker", *joining, state=state)
     front.listed("ours", "theirs")
     for model in ("ours", "theirs"):
         status, answer = front.ask(model)
@@ -104,8 +107,10 @@ def check_second_graph_comes_and_goes(front: Front, joining: list[str], state: s
     status, refused = front.ask("nobodys")
     assert status == 404 and "Models served here: ours, theirs." in refused["error"]["message"]
 
-    assert other.stop() == 0
+    assert worker.stop() == 0
     front.listed("ours")
+    assert other.stop() == 0
+    eventually(front.health, lambda now: len(now["reasons"]) == 2)
     status, refused = front.ask("theirs")
     assert (status, refused["error"]["code"]) == (404, "model_not_found")
     assert front.ask("ours")[0] == 200
@@ -120,7 +125,7 @@ def test_a_second_graph_joins_the_hub_and_leaves(tmp_path: Path, fronts: list[Fr
         front, ["--join", f"127.0.0.1:{hub_port}", "--token-file", str(token)], state="state"
     )
     stranger = front.start_other(
-        "--namespace", "nobodys", "--join", f"127.0.0.1:{hub_port}", "--token-file", str(token)
+        GRAPH, "--namespace", "nobodys", "--join", f"127.0.0.1:{hub_port}", "--token-file", str(token)
     )
     stranger.wait_for("list 'nobodys' in Frontend.namespaces", 30)
     assert front.serve.stop() == 0

@@ -146,6 +146,7 @@ class Namespaces:
         self._clients = (client, *others)
         self._changed = asyncio.Event()
         self._served: dict[str, int] = {}
+        self._processors: list[list[InstanceInfo]] = [[] for _ in others]
         self._unsubscribe: list[Callable[[], None]] = []
         self.client: TransportClient = _FarClient(client) if others else client
         for followed in self._directories:
@@ -160,12 +161,12 @@ class Namespaces:
     def of_model(self, model: str) -> Targets:
         """The Processors to ask for that model: our own if nobody has it, who then say so."""
         index = self._served.get(model, 0)
-        return self._own_targets if index == 0 else partial(_targets_in, self._others[index - 1], model)
+        return self._own_targets if index == 0 else partial(self._far_targets, index - 1, model)
 
     def everywhere(self, endpoint: str) -> list[Target]:
         """The Processors of all namespaces."""
-        far = [target for other in self._others for target in _targets_in(other, None, endpoint)]
-        return [*self._own_targets(endpoint), *far]
+        far = [self._far_targets(number, None, endpoint) for number in range(len(self._others))]
+        return [*self._own_targets(endpoint), *(target for targets in far for target in targets)]
 
     def sources(self) -> list[tuple[TransportClient, InstanceDirectory]]:
         """Of each namespace: what its instances are, and how to call them."""
@@ -188,13 +189,15 @@ class Namespaces:
         return [directory.instances() for directory in self._directories]
 
     def _on_change(self, _change: DirectoryChange) -> None:
-        self._served = served_by(self._instances())
+        instances = self._instances()
+        self._served = served_by(instances)
+        self._processors = [[info for info in others if info.role == PROCESSOR] for others in instances[1:]]
         self._changed.set()
         self._changed = asyncio.Event()
 
-
-def _targets_in(space: Space, model: str | None, endpoint: str) -> list[Target]:
-    """model: Processors that say it is theirs come alone, if there are any; None: all Processors."""
-    processors = [info for info in space.directory.instances(role=PROCESSOR) if endpoint in info.endpoints]
-    named = [info for info in processors if info.model == model]
-    return [_FarTarget(info.addresses, endpoint, info.instance_id, client=space) for info in named or processors]
+    def _far_targets(self, number: int, model: str | None, endpoint: str) -> list[Target]:
+        """Of one of the others. model: Processors that say it is theirs come alone, if there are any."""
+        processors = [info for info in self._processors[number] if endpoint in info.endpoints]
+        named = [info for info in processors if info.model == model]
+        client = self._others[number]
+        return [_FarTarget(info.addresses, endpoint, info.instance_id, client=client) for info in named or processors]
