@@ -1,4 +1,5 @@
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from stator.discovery.memory import MemoryDiscovery, MemoryKeyStore
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.graph.neighbour import Neighbour
+from stator.graph.node import Node, ServeOptions, prepare
 from stator.graph.planes import Planes
 from stator.graph.token import TOKEN_KEY
 from stator.ids import InstanceId
@@ -16,6 +18,8 @@ from stator.testing.clock import run_virtual
 from stator.transport.client import RequestPlaneClient
 from stator.transport.inprocess import InProcessNetwork
 from stator.transport.settings import Identity
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "llm"
 
 
 class Client:
@@ -118,3 +122,18 @@ def test_planes_that_know_no_others_say_so() -> None:
         await planes.close()
 
     run_virtual(main())
+
+
+def node_of(*namespaces: str) -> Node:
+    overrides = (("--Frontend.namespaces", f"[{', '.join(namespaces)}]"),)
+    return prepare(
+        ServeOptions("graphs.agg_router:Frontend", EXAMPLES, Path("configs/tiny-sim.yaml"), overrides, "mine"),
+        for_start=False,
+    )
+
+
+def test_a_heads_hub_takes_the_namespaces_that_its_frontend_lists() -> None:
+    assert node_of().guests() == []
+    assert node_of("b", "mine", "a", "b").guests() == ["b", "a"]
+    with pytest.raises(ConfigError, match=r"Frontend.namespaces: a/b: expected 1 to 63 letters"):
+        node_of("a/b")
