@@ -182,7 +182,7 @@ class Generation:
         record.streamed = bool(request.stream)
         context = self._context(http, record.started)
         latencies = self._metrics.histogram("inter_token_latency_seconds", record.model, endpoint)
-        targets = self._targets if self._of_model is None else self._of_model(request.model)
+        targets = self._serving(request.model)
         target = self._target(targets, endpoint)
         call = _Call(request, context, latencies, loop)
         try:
@@ -235,6 +235,10 @@ class Generation:
         served = ", ".join(card.id for card in self._models()) or "none"
         message = f"The model {model!r} does not exist. Models served here: {served}."
         return StatorError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+
+    def _serving(self, model: str | None) -> Targets:
+        """None: a request that names no model goes to our own namespace."""
+        return self._targets if self._of_model is None or model is None else self._of_model(model)
 
     def _target(self, serving: Targets, endpoint: str) -> Target:
         targets = serving(endpoint)
