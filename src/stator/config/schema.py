@@ -81,7 +81,9 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_completions: Annotated[str, Meta(description="`ns.Component.path` of older files; accepted.")] | None = (
         None
     )
-    namespaces: Annotated[list[str], Meta(description="Other deployments to serve as well.")] = []
+    namespaces: Annotated[
+        list[str], Meta(description="Other namespaces of the same control plane whose models to serve as well.")
+    ] = []
 
 
 class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):

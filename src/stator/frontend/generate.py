@@ -81,7 +81,7 @@ class Generation:
     """Serves both endpoints; owns the open requests.
 
     After `drain` new requests are refused while open ones go on; `idle` waits for their end, `abort` ends them.
-    wall: Unix seconds, for the `created` of answers.
+    wall: Unix seconds, for the `created` of answers. of_model: whom to ask for a model; default: whoever targets finds.
     """
 
     def __init__(
@@ -94,9 +94,11 @@ class Generation:
         settings: FrontendSettings,
         rng: random.Random,
         wall: Callable[[], float] = time.time,
+        of_model: Callable[[str], Targets] | None = None,
     ) -> None:
         self._client = client
         self._targets = targets
+        self._of_model = of_model
         self._models = models
         self._metrics = metrics
         self._settings = settings
@@ -180,14 +182,15 @@ class Generation:
         record.streamed = bool(request.stream)
         context = self._context(http, record.started)
         latencies = self._metrics.histogram("inter_token_latency_seconds", record.model, endpoint)
-        target = self._target(endpoint)
+        targets = self._serving(request.model)
+        target = self._target(targets, endpoint)
         call = _Call(request, context, latencies, loop)
         try:
             await self._answer(http, call, target, record)
         except StatorError as error:
-            other = self._target_after(error, endpoint, target) if record.first_token_at is None else None
+            other = self._target_after(error, targets, endpoint, target) if record.first_token_at is None else None
             if other is None:
-                raise
+                raise self._of_all_models(error, request.model) from None
             logger.warning("request %s goes to another Processor: %s", http.call_id, error.message)
             await self._answer(http, call, other, record)
 
@@ -225,18 +228,30 @@ class Generation:
             self._labels = frozenset(card.id for card in self._models())
         return model if model in self._labels else OTHER
 
-    def _target(self, endpoint: str) -> Target:
-        targets = self._targets(endpoint)
+    def _of_all_models(self, error: StatorError, model: str) -> StatorError:
+        """A Processor that does not know a model knows its own ones alone."""
+        if error.code is not ErrorCode.MODEL_NOT_FOUND or self._of_model is None:
+            return error
+        served = ", ".join(card.id for card in self._models()) or "none"
+        message = f"The model {model!r} does not exist. Models served here: {served}."
+        return StatorError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+
+    def _serving(self, model: str | None) -> Targets:
+        """None: a request that names no model goes to our own namespace."""
+        return self._targets if self._of_model is None or model is None else self._of_model(model)
+
+    def _target(self, serving: Targets, endpoint: str) -> Target:
+        targets = serving(endpoint)
         if not targets:
             raise StatorError(ErrorCode.NO_INSTANCE, "No Processor is ready to take the request.", retry_after_s=1.0)
         self._turn += 1
         return targets[self._turn % len(targets)]
 
-    def _target_after(self, error: StatorError, endpoint: str, failed: Target) -> Target | None:
+    def _target_after(self, error: StatorError, serving: Targets, endpoint: str, failed: Target) -> Target | None:
         """Another Processor, if the first one left before it had answered anything."""
         if error.code not in _PROCESSOR_LEFT or self.draining:
             return None
-        others = [target for target in self._targets(endpoint) if target.instance_id != failed.instance_id]
+        others = [target for target in serving(endpoint) if target.instance_id != failed.instance_id]
         return others[self._turn % len(others)] if others else None
 
     def _context(self, http: HttpExchange, started: float) -> CallContext:
