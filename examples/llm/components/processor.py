@@ -58,6 +58,11 @@ class Processor:
     def completions(self, call: Call) -> None:
         self.processor.completions(call)
 
+    @endpoint(request=ChatCompletionRequest, item=CompletionDelta)
+    def count_tokens(self, call: Call) -> None:
+        """The length of a prompt, which no worker is asked for."""
+        self.processor.count_tokens(call)
+
     @endpoint(request=DecisionsRequest, item=DecisionRecord)
     def decisions(self, call: Call) -> None:
         """The last decisions of the router that this Processor asks, and why they were made."""

@@ -11,6 +11,13 @@ from typing import Any
 
 import stator
 from stator.errors import ErrorCode, StatorError
+from stator.frontend.anthropic import (
+    ANTHROPIC_ERRORS,
+    COUNT_TOKENS_DIALECT,
+    COUNT_TOKENS_PATH,
+    MESSAGES_DIALECT,
+    MESSAGES_PATH,
+)
 from stator.frontend.decisions import DECISION_PREFIX, DecisionView
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
@@ -72,6 +79,8 @@ class FrontendApp:
         self._routes: dict[str, tuple[str, Respond]] = {
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT_DIALECT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS_DIALECT)),
+            MESSAGES_PATH: ("POST", lambda http: self.generation.handle(http, MESSAGES_DIALECT)),
+            COUNT_TOKENS_PATH: ("POST", lambda http: self.generation.handle(http, COUNT_TOKENS_DIALECT)),
             "/v1/models": ("GET", self._list_models),
             "/health": ("GET", self._report_health),
             "/live": ("GET", self._report_live),
@@ -83,6 +92,8 @@ class FrontendApp:
         if scope["type"] != "http":
             raise RuntimeError(f"only HTTP is served here, not {scope['type']}")
         http = HttpExchange(scope, receive, send, self._rng)
+        if http.path.startswith(MESSAGES_PATH):
+            http.errors = ANTHROPIC_ERRORS
         try:
             await self._route(http)
         except StatorError as error:

@@ -75,10 +75,12 @@ def fresh_id(rng: random.Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ErrorForm:
-    """How an API tells a failure: its HTTP status, and its body, given the request's id."""
+    """How an API tells a failure: its HTTP status, and its body, given the request's id. id_header: one more that has
+    the request's id, in all answers."""
 
     status: Callable[[StatorError], int]
     body: Callable[[StatorError, str], bytes]
+    id_header: bytes | None = None
 
 
 def error_json(error: StatorError) -> bytes:
@@ -196,8 +198,11 @@ class HttpExchange:
             }
         )
 
-    def _identity(self, content_type: bytes) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes]]:
-        return (b"content-type", content_type), (b"x-request-id", self.request_id.encode("ascii"))
+    def _identity(self, content_type: bytes) -> tuple[tuple[bytes, bytes], ...]:
+        request_id = self.request_id.encode("ascii")
+        told = (b"content-type", content_type), (b"x-request-id", request_id)
+        id_header = self.errors.id_header
+        return told if id_header is None else (*told, (id_header, request_id))
 
     async def read_body(self, max_bytes: int, timeout_s: float) -> bytes:
         """Raises StatorError(BODY_TOO_LARGE or REQUEST_TIMEOUT), or ClientGone."""

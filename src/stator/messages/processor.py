@@ -59,6 +59,8 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     parsed: on the first delta of a choice: its answer has parts beside its text, or may have: reasoning and tool_calls,
     new since the last delta as text is.
+
+    stop_string: with the ending, if that was one of the request's stop strings: which.
     """
 
     text: str = ""
@@ -74,6 +76,7 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     parsed: bool = False
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = []
+    stop_string: str | None = None
 
 
 EXPLAIN_HEADER = "x-stator-explain"
