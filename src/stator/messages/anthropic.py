@@ -117,6 +117,8 @@ class PromptFields(msgspec.Struct, frozen=True, kw_only=True):
     speed: str | None = None
     context_management: Any = None
     mcp_servers: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
 
 
 class CountTokensRequest(PromptFields, frozen=True, kw_only=True):
@@ -135,5 +137,3 @@ class MessagesRequest(PromptFields, frozen=True, kw_only=True):
     container: Any = None
     diagnostics: Any = None
     inference_geo: Any = None
-    user_profile_id: Any = None
-    workspace_id: Any = None

@@ -47,6 +47,8 @@ _PROMPT: tuple[Field, ...] = (
     _refused("speed", "standard"),
     _refused("context_management"),
     _refused("mcp_servers", []),
+    _refused("user_profile_id"),
+    _refused("workspace_id"),
 )
 
 COUNT_FIELDS: tuple[Field, ...] = _PROMPT
@@ -56,7 +58,7 @@ MESSAGES_FIELDS: tuple[Field, ...] = (
     _works("max_tokens", "required; prompt and answer must fit the model's context"),
     _works("stream"),
     _works("stop_sequences", "at most 16 of 256 characters"),
-    _works("temperature"),
+    _works("temperature", "this, `top_p` and `top_k` are of the API's older versions"),
     _works("top_p"),
     _works("top_k"),
     _accepted("metadata", "nothing is kept of it"),
@@ -64,8 +66,6 @@ MESSAGES_FIELDS: tuple[Field, ...] = (
     _refused("container"),
     _refused("diagnostics"),
     _refused("inference_geo"),
-    _refused("user_profile_id"),
-    _refused("workspace_id"),
 )
 
 UNSUPPORTED_UNLESS: dict[str, tuple[object, ...]] = harmless_values(MESSAGES_FIELDS)
