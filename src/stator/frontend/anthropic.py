@@ -36,9 +36,9 @@ Json = dict[str, Any]
 
 
 class _Block:
-    """One of an answer, which grows. kind: of its deltas."""
+    """One of an answer, which grows. kind: of its deltas. before_text: what an event that has some begins with."""
 
-    __slots__ = ("call_id", "index", "kind", "name", "parts", "tool")
+    __slots__ = ("before_text", "call_id", "index", "kind", "name", "parts", "tool")
 
     def __init__(self, kind: str, index: int, *, tool: int = -1, call_id: str = "", name: str = "") -> None:
         self.kind = kind
@@ -47,6 +47,8 @@ class _Block:
         self.call_id = call_id
         self.name = name
         self.parts: list[str] = []
+        kind_and_field = kind.encode("ascii"), _FIELDS[kind].encode("ascii")
+        self.before_text = _BEFORE_TEXT % (index, *kind_and_field)
 
     def opening(self) -> Json:
         if self.kind == _CALL:
@@ -64,6 +66,7 @@ class _Block:
         return {"type": "text", "text": text}
 
 
+_BEFORE_TEXT = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":'
 _TEXT, _THOUGHT, _CALL = "text_delta", "thinking_delta", "input_json_delta"
 _FIELDS = {_TEXT: "text", _THOUGHT: "thinking", _CALL: "partial_json"}
 
@@ -235,15 +238,13 @@ class MessageEvents:
         self._events.append(_event("content_block_start", index=block.index, content_block=block.opening()))
 
     def _on_grown(self, block: _Block, text: str) -> None:
-        self._delta(block, {"type": block.kind, _FIELDS[block.kind]: text})
+        self._events.append(block.before_text + _encode(text) + b"}}\n\n")
 
     def _on_done(self, block: _Block) -> None:
         if block.kind == _THOUGHT:
-            self._delta(block, {"type": "signature_delta", "signature": SIGNATURE})
+            signature = {"type": "signature_delta", "signature": SIGNATURE}
+            self._events.append(_event("content_block_delta", index=block.index, delta=signature))
         self._events.append(_event("content_block_stop", index=block.index))
-
-    def _delta(self, block: _Block, delta: Json) -> None:
-        self._events.append(_event("content_block_delta", index=block.index, delta=delta))
 
 
 class WholeMessage:

@@ -21,6 +21,8 @@ def _refused(name: str, *harmless: object, note: str = "") -> Field:
     return Field(name, Effect.REFUSED, note, harmless)
 
 
+_KEEPS_THOUGHTS = {"type": "clear_thinking_20251015", "keep": "all"}
+
 _PROMPT: tuple[Field, ...] = (
     _works("model"),
     _works(
@@ -45,7 +47,7 @@ _PROMPT: tuple[Field, ...] = (
     _works("output_config.format", "`json_schema`; the model writes nothing else. Schemas of 64 KiB and 32 levels"),
     _accepted("cache_control", "wherever it stands: every prompt's prefix is cached while there is room"),
     _refused("speed", "standard"),
-    _refused("context_management"),
+    _refused("context_management", {"edits": []}, {"edits": [_KEEPS_THOUGHTS]}),
     _refused("mcp_servers", []),
     _refused("user_profile_id"),
     _refused("workspace_id"),
