@@ -98,6 +98,11 @@ class ModelTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it, which is not its text: bytes have names there. An id in a gap of the
+        vocabulary has none."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A new one, for one output."""
         if skip_special_tokens:
