@@ -234,13 +234,23 @@ def _content(operation: _Operation) -> Json:
         return {operation.answer: {"schema": schema}}
     content: Json = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.chunk is not None:
-        name = operation.chunk.__name__
-        text = (
-            f"With `stream`: events whose data is a {name}, or an ErrorResponse where the answer broke off; the last "
-            "one of a whole answer is [DONE]."
-        )
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        content["text/event-stream"] = {"schema": _event(operation.chunk)}
     return content
+
+
+def _event(chunk: type[msgspec.Struct]) -> Json:
+    """One of a stream. Before OpenAPI 3.2 nothing says more of a stream than its events' schema."""
+    data: Json = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(chunk), _ref(openai.ErrorResponse)]},
+    }
+    return {
+        "type": "object",
+        "description": "With `stream`: each event. The last is [DONE], or an error where the answer broke off.",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+    }
 
 
 def _ref(struct: type[msgspec.Struct]) -> Json:
@@ -261,6 +271,8 @@ def _schemas() -> Json:
     _refuse(schemas["StreamOptions"]["properties"], CHAT_FIELDS, "stream_options.")
     for schema, patch in _PATCHES:
         _patch(schemas[schema]["properties"], patch)
+    schemas["ChatMessage"]["anyOf"] = _SAYS_SOMETHING
+    schemas["TokenizeRequest"]["oneOf"] = _ONE_TEXT
     schemas["ErrorBody"]["properties"]["code"] = {"enum": sorted(code.value for code in ErrorCode)}
     return schemas
 
@@ -320,6 +332,17 @@ def _patch(properties: Json, patch: dict[str, dict[str, Json]]) -> None:
             branch.update(by_type.get(branch.get("type"), {}))
 
 
+_SAYS_SOMETHING: list[Json] = [
+    {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+    {
+        "required": ["tool_calls"],
+        "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}},
+    },
+]
+_ONE_TEXT: list[Json] = [
+    {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+    {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+]
 _TEXTS: Json = {"type": "string", "minLength": 1}
 _TOKEN_IDS: Json = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}}
 _MANY = {"minItems": 1, "maxItems": openai_limits.MAX_CHOICES}
