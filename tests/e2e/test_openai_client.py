@@ -1,7 +1,10 @@
 """OpenAI's own client, as its users write it, against a deployment with a decode and a prefill worker."""
 
 import asyncio
+import json
+import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -122,3 +125,24 @@ def test_what_cannot_be_done_is_named(client: openai.OpenAI) -> None:
     assert refused.value.param == "modalities"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": QUESTION}])
+
+
+def test_tokens_are_counted_as_a_prompt_of_them_is(client: openai.OpenAI, head: Head) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    counted = post(head, "/tokenize", {"model": MODEL, "messages": messages})
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)  # type: ignore[arg-type]
+    assert answer.usage is not None and answer.usage.prompt_tokens == counted["count"] == len(counted["tokens"])
+    again = client.completions.create(model=MODEL, prompt=counted["tokens"], max_tokens=1)
+    assert again.usage is not None and again.usage.prompt_tokens == counted["count"]
+    assert QUESTION in post(head, "/detokenize", {"model": MODEL, "tokens": counted["tokens"]})["prompt"]
+
+
+def test_the_document_of_the_api_is_served(head: Head) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{head.port}/openapi.json", timeout=30) as answer:
+        assert json.load(answer)["paths"].keys() >= {"/v1/chat/completions", "/tokenize", "/detokenize"}
+
+
+def post(head: Head, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(f"http://127.0.0.1:{head.port}{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
