@@ -10,6 +10,7 @@ from stator.engines.local.load import numpy_runner
 from stator.engines.sim.args import SimEngineArgs
 from stator.engines.sim.engine import SimEngine
 from stator.testing.contracts.engine import EngineContract
+from stator.testing.contracts.engine_grammar import EngineGrammarContract
 from stator.testing.contracts.engine_suite import EngineSettings
 from stator.testing.fake_runner import fake_runner
 
@@ -38,7 +39,7 @@ class TestLocalEngineOverTcp(TestLocalEngineWithoutModel):
     tcp = True
 
 
-class TestLocalEngineOnLlama(EngineContract):
+class TestLocalEngineOnLlama(EngineContract, EngineGrammarContract):
     block_size = 16
     vocab_size = 4096
 

@@ -9,6 +9,7 @@ import stator
 from stator.engines.base import Engine
 from stator.engines.vllm.engine import VllmEngine
 from stator.testing.contracts.engine import EngineContract
+from stator.testing.contracts.engine_grammar import EngineGrammarContract
 from stator.testing.contracts.engine_suite import EngineSettings, Scenario
 from vllm_engines import forked
 
@@ -27,12 +28,13 @@ def vllm() -> Iterator[None]:
     POOL.close()
 
 
-class TestVllmEngine(EngineContract):
+class TestVllmEngine(EngineContract, EngineGrammarContract):
     block_size = 32
     vocab_size = 4096
     computes_apart = True
     last_block_again = True
     score_tolerance = 1e-3
+    own_grammar = 'root ::= "yes" | "no"'
 
     def make_engine(self, settings: EngineSettings) -> Engine:
         section = {
@@ -48,6 +50,8 @@ class TestVllmEngine(EngineContract):
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": settings.max_num_batched_tokens,
             "enforce_eager": True,
+            # A model this small may write nothing else.
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
         return forked.engine(section, hold_s=settings.transfer_hold_s)
 

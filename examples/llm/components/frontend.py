@@ -15,8 +15,16 @@ class Frontend:
 
     @on_start
     async def start(self, context: ServiceContext) -> None:
-        started, instances = int(context.clocks.time()), context.directory.instances
         metrics = Metrics()
+        # Models of our own namespace, and of those that the configuration lists.
+        self.served = frontend.Namespaces(
+            context.namespace,
+            directory=context.directory,
+            client=context.client,
+            targets=self.processor.targets,
+            others=await context.neighbours(context.config.namespaces),
+            created=int(context.clocks.time()),
+        )
         # With ServiceArgs.workers above 1 this is one of several processes on one listening socket.
         self.copies = frontend.FrontendCopies(
             instance_id=context.instance_id,
@@ -28,30 +36,31 @@ class Frontend:
             copies=context.copies,
         )
         app = frontend.FrontendApp(
-            client=context.client,
+            client=self.served.client,
             targets=self.processor.targets,
-            models=lambda: frontend.models_of(instances(), started),
-            health=lambda: frontend.health_of(instances()),
+            models=self.served.models,
+            health=self.served.health,
             metrics=metrics,
             scrape=self.copies.scrape,
             rng=context.rng,
             wall=context.clocks.time,
+            of_model=self.served.of_model,
+            everywhere=self.served.everywhere,
         )
         self.server = frontend.FrontendServer(
             app, host=context.config.host, port=context.config.port, fd=context.listen_fd
         )
         await self.server.start()
         context.counts_open(lambda: self.server.num_open)
-        self.monitor = WorkerMonitor(
-            client=context.client, directory=context.directory, sink=metrics.workers, rng=context.rng
-        )
+        self.monitors = [
+            WorkerMonitor(client=client, directory=directory, sink=metrics.workers, rng=context.rng)
+            for client, directory in self.served.sources()
+        ]
         context.tasks.spawn(self.report_when_ready(context), "report when ready")
 
     async def report_when_ready(self, context: ServiceContext) -> None:
         """Tells the user once a request can be finished."""
-        directory = context.directory
-        await directory.wait_for(lambda d: frontend.health_of(d.instances()).ready, None)
-        model = next(i.model for i in directory.instances(role="decode") if i.model)
+        model = await self.served.ready()
         host = context.host if context.config.host in ("0.0.0.0", "::") else context.config.host
         context.report_serving(f"http://{host}:{self.server.port}", model)
 
@@ -69,5 +78,7 @@ class Frontend:
 
     @on_stop
     async def stop(self) -> None:
-        self.monitor.close()
+        for monitor in self.monitors:
+            monitor.close()
+        self.served.close()
         await self.server.stop()

@@ -25,10 +25,12 @@ class Processor:
         config = context.config
         # A model on the hub may have to be downloaded first; of it only the small files are needed here.
         model_dir = (await resolve_async(config.model, config.revision, needs=Needs.TOKENIZER)).directory
+        name = config.served_model_name or config.model
+        context.info_fields(model=name)
         # A graph without a Router still needs somebody to choose the worker: then it is done here.
         self.routes = LinkedRouter(context.client, self.router.target) if self.router.linked else choose_here(context)
         self.processor = processor.Processor(
-            model_names=[config.served_model_name or config.model],
+            model_names=[name],
             tokenizer=processor.ModelTokenizer.load(model_dir),
             block_size=config.block_size,
             max_model_len=config.max_model_len or processor.context_length(model_dir),
@@ -37,7 +39,11 @@ class Processor:
             rng=context.rng,
             directory=context.directory,
             settings=processor.ProcessorSettings(
-                migration_limit=config.migration_limit, migration_wait_s=config.migration_wait_s
+                migration_limit=config.migration_limit,
+                migration_wait_s=config.migration_wait_s,
+                tool_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
+                model_type=processor.model_type(model_dir),
             ),
             defaults=processor.SamplingDefaults.load(model_dir),
         )

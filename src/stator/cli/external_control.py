@@ -7,8 +7,8 @@ from stator.cli.control_plane import ControlFacts, LeaseTimes, ServiceFacts
 from stator.config.external import ExternalPlanes
 from stator.discovery.etcd import EtcdDiscovery
 from stator.errors import ConfigError, ErrorCode, StatorError
-from stator.graph.external import TOKEN_KEY
 from stator.graph.planes import Planes
+from stator.graph.token import TOKEN_KEY
 from stator.hub.status import QueueStatus
 from stator.ids import LeaseId
 

@@ -17,6 +17,10 @@ def hub(
     advertise: Annotated[
         str | None, typer.Option(help="Address that other nodes are told; default: this host's.")
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAMESPACE", help="Another namespace whose graphs may join; repeat it for several."),
+    ] = None,
 ) -> None:
     """Run the control plane alone: discovery and the prefill queue, without a service and without HTTP.
 
@@ -28,7 +32,7 @@ def hub(
     from stator.graph.protocol import ExitCode
     from stator.runtime.loop import run_loop
 
-    options = HubOptions(namespace, token_file, hub_host, hub_port, advertise)
+    options = HubOptions(namespace, token_file, hub_host, hub_port, advertise, tuple(also or ()))
     try:
         code = run_loop(run_hub(options))
     except ConfigError as error:

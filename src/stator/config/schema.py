@@ -81,7 +81,9 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_completions: Annotated[str, Meta(description="`ns.Component.path` of older files; accepted.")] | None = (
         None
     )
-    namespaces: Annotated[list[str], Meta(description="Other deployments to serve as well.")] = []
+    namespaces: Annotated[
+        list[str], Meta(description="Other namespaces of the same control plane whose models to serve as well.")
+    ] = []
 
 
 class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +108,16 @@ class ProcessorConfig(msgspec.Struct, frozen=True, kw_only=True):
             extra={"unit": "s"},
         ),
     ] = 30.0
+    tool_call_parser: (
+        Annotated[str, Meta(description="How the model writes tool calls, by vLLM's names; default: by its template.")]
+        | None
+    ) = None
+    reasoning_parser: (
+        Annotated[
+            str, Meta(description="How the model marks its reasoning, by vLLM's names; default: by its template.")
+        ]
+        | None
+    ) = None
     router: Annotated[RouterName, Meta(description="How a decode worker is chosen.")] = "kv"
     trust_remote_code: Annotated[bool, Meta(description="Accepted for older files; the tokenizer runs no code.")] = (
         False

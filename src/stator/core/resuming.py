@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection
 
 from stator.messages.engine import SamplingParams
 
-NEVER_RESUMED: tuple[str, ...] = ("n", "grammar")
-"""Sampling fields that no engine resumes: several outputs of one prompt, and the state of a grammar. Requests with them
-are refused for now (`processor.validation`); the names are in force as soon as SamplingParams has the fields."""
+NEVER_RESUMED: tuple[str, ...] = ("n",)
+"""Sampling fields that no engine resumes: several outputs of one prompt, which are requests of their own here. A name
+is in force as soon as SamplingParams has the field."""
 
 _DEFAULTS = SamplingParams(max_tokens=1)
 

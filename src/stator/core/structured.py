@@ -1,14 +1,12 @@
 """The request's fields about the form of the answer, checked and brought into one form that engines enforce."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from stator.core.json_schema import check_schema, invalid
-from stator.core.tools.grammar import Choice, Json, Literal, Node, Regex
 from stator.core.tools.request import NAME_RULE, is_name
+from stator.messages.grammar import Choice, Grammar, Json, Literal, OwnGrammar, Regex
 from stator.messages.tools import ResponseFormat, StructuredOutputs
 
 MAX_REGEX_CHARS = 2048
@@ -16,44 +14,15 @@ MAX_GRAMMAR_CHARS = 1 << 16
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARS = 4096
 
-ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
-@dataclass(frozen=True, slots=True)
-class JsonOutput:
-    """A JSON value that the schema describes."""
-
-    schema: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class RegexOutput:
-    pattern: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceOutput:
-    """Exactly one of these texts."""
-
-    options: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarOutput:
-    """text: in the dialect of the engine's backend."""
-
-    text: str
-
-
-Constraint = JsonOutput | RegexOutput | ChoiceOutput | GrammarOutput
-
-
-def normalize_response_format(format: ResponseFormat | None) -> Constraint | None:
+def normalize_response_format(format: ResponseFormat | None) -> Grammar | None:
     """Raises StatorError(INVALID_REQUEST) that names the field."""
     if format is None or format.type == "text":
         return None
     if format.type == "json_object":
-        return JsonOutput(ANY_OBJECT)
+        return Json(_ANY_OBJECT)
     where = "response_format.json_schema"
     if format.json_schema is None:
         raise invalid(where, f'{where} is required with the type "json_schema"')
@@ -63,10 +32,10 @@ def normalize_response_format(format: ResponseFormat | None) -> Constraint | Non
     if schema is None:
         raise invalid(f"{where}.schema", f"{where}.schema is required")
     check_schema(schema, f"{where}.schema")
-    return JsonOutput(schema)
+    return Json(schema)
 
 
-def normalize_structured_outputs(asked: StructuredOutputs | None) -> Constraint | None:
+def normalize_structured_outputs(asked: StructuredOutputs | None) -> Grammar | None:
     """Raises StatorError(INVALID_REQUEST) that names the field."""
     if asked is None:
         return None
@@ -78,35 +47,20 @@ def normalize_structured_outputs(asked: StructuredOutputs | None) -> Constraint 
     where = f"{where}.{given[0]}"
     if asked.regex is not None:
         _check_length(asked.regex, where, MAX_REGEX_CHARS)
-        return RegexOutput(asked.regex)
+        return Regex(asked.regex)
     if asked.choice is not None:
-        return ChoiceOutput(_choices(asked.choice, where))
+        return Choice(_choices(asked.choice, where))
     if asked.grammar is not None:
         _check_length(asked.grammar, where, MAX_GRAMMAR_CHARS)
-        return GrammarOutput(asked.grammar)
-    return JsonOutput(ANY_OBJECT if asked.json is None else _schema(asked.json, where))
+        return OwnGrammar(asked.grammar)
+    return Json(_ANY_OBJECT if asked.json is None else _schema(asked.json, where))
 
 
-def one_constraint(response_format: Constraint | None, structured_outputs: Constraint | None) -> Constraint | None:
+def one_grammar(response_format: Grammar | None, structured_outputs: Grammar | None) -> Grammar | None:
+    """Raises StatorError(INVALID_REQUEST) if both are asked for."""
     if response_format is not None and structured_outputs is not None:
         raise invalid("structured_outputs", "response_format and structured_outputs cannot be given together")
     return response_format or structured_outputs
-
-
-def as_node(constraint: Constraint) -> Node | None:
-    """For a grammar that has more than this in it (`forced.constrained_answer`).
-
-    None for a grammar of the client's own, which cannot be part of another: where the model reasons first, refuse it.
-    """
-    match constraint:
-        case JsonOutput(schema):
-            return Json(schema)
-        case RegexOutput(pattern):
-            return Regex(pattern)
-        case ChoiceOutput(options):
-            return Choice(tuple(Literal(option) for option in options))
-        case GrammarOutput():
-            return None
 
 
 def _check_length(text: str, where: str, max_chars: int) -> None:
@@ -114,15 +68,15 @@ def _check_length(text: str, where: str, max_chars: int) -> None:
         raise invalid(where, f"{where} must have 1 to {max_chars} characters; it has {len(text)}")
 
 
-def _choices(options: list[str], where: str) -> tuple[str, ...]:
+def _choices(options: list[str], where: str) -> tuple[Literal, ...]:
     if not 1 <= len(options) <= MAX_CHOICES:
         raise invalid(where, f"{where} must have 1 to {MAX_CHOICES} entries; it has {len(options)}")
     for index, option in enumerate(options):
         _check_length(option, f"{where}[{index}]", MAX_CHOICE_CHARS)
-    return tuple(dict.fromkeys(options))
+    return tuple(Literal(option) for option in dict.fromkeys(options))
 
 
-def _schema(given: dict[str, Any] | str, where: str) -> Mapping[str, Any]:
+def _schema(given: dict[str, Any] | str, where: str) -> dict[str, Any]:
     """vLLM takes a schema as a JSON text too."""
     if isinstance(given, str):
         try:

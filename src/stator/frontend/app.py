@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import stator
 from stator.errors import ErrorCode, StatorError
@@ -35,6 +36,8 @@ class FrontendApp:
 
     health: asked by each `/health`. All three callables must be quick; they run on the event loop.
     scrape: what `/metrics` answers; default `metrics` alone, which a frontend of several processes adds to.
+    of_model: finds the Processors that serve a model, if those of targets do not serve all. everywhere: all that there
+    are, of any model; default: targets.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class FrontendApp:
         settings: FrontendSettings | None = None,
         rng: random.Random | None = None,
         wall: Callable[[], float] = time.time,
+        of_model: Callable[[str], Targets] | None = None,
+        everywhere: Targets | None = None,
     ) -> None:
         self._models = models
         self._health = health
@@ -63,8 +68,9 @@ class FrontendApp:
             settings=settings if settings is not None else FrontendSettings(),
             rng=self._rng,
             wall=wall,
+            of_model=of_model,
         )
-        self._explain = DecisionView(client, targets)
+        self._explain = DecisionView(client, targets if everywhere is None else everywhere)
         self._routes: dict[str, tuple[str, Respond]] = {
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS)),
@@ -134,12 +140,14 @@ class FrontendApp:
         report = self._health()
         draining = self.generation.draining
         ready = report.ready and not draining
-        body = {
+        body: dict[str, Any] = {
             "status": "draining" if draining else "ready" if ready else "unavailable",
             "reasons": ["this server is shutting down", *report.reasons] if draining else report.reasons,
             "models": report.models,
             "pairing_refusals": report.pairing_refusals,
         }
+        if report.namespaces:
+            body["namespaces"] = report.namespaces
         await http.respond(200 if ready else 503, encode_json(body))
 
     async def _report_live(self, http: HttpExchange) -> None:

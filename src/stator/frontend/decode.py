@@ -25,8 +25,8 @@ _DECODE_TOKENIZE = msgspec.json.Decoder(TokenizeRequest).decode
 _DECODE_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest).decode
 _DECODE_NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _FREE_FORM = (
-    "tools", "tool_choice", "response_format", "audio", "functions", "function_call", "prediction", "moderation",
-    "web_search_options", "prompt_cache_options",
+    "audio", "functions", "function_call", "prediction", "moderation", "web_search_options", "prompt_cache_options",
+    "chat_template_kwargs", "guided_json", "guided_choice",
 )  # fmt: skip
 
 _PART_TYPE = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
@@ -119,6 +119,8 @@ def _refuse_field(text: str) -> NoReturn:
 def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
     if request.stream_options is not None and not request.stream:
         _refuse("'stream_options' is only allowed together with 'stream': true.", "stream_options")
+    if request.response_format is not None or request.structured_outputs is not None:
+        _check_form(request)
     if isinstance(request, CompletionRequest):
         if isinstance(request.prompt, list) and len({type(part) for part in request.prompt}) > 1:
             _refuse("Invalid value for 'prompt': a list may not mix texts, token ids and lists of token ids.", "prompt")
@@ -126,6 +128,9 @@ def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
     for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
         if value is not None:
             _check_free_form(value, name)
+    for index, tool in enumerate(request.tools or ()):
+        if tool.function is not None and tool.function.parameters is not None:
+            _check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
     _check_messages(request.messages)
 
 
@@ -135,6 +140,14 @@ def _check_messages(messages: Sequence[ChatMessage]) -> None:
             _refuse_message_field(refused, f"messages[{index}]")
         if message.tool_calls is not None:
             _check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+
+
+def _check_form(request: ChatCompletionRequest | CompletionRequest) -> None:
+    format, asked = request.response_format, request.structured_outputs
+    if format is not None and format.json_schema is not None and format.json_schema.schema is not None:
+        _check_free_form(format.json_schema.schema, "response_format.json_schema.schema")
+    if asked is not None and isinstance(asked.json, dict):
+        _check_free_form(asked.json, "structured_outputs.json")
 
 
 def _refuse_message_field(values: tuple[Any, ...], where: str) -> NoReturn:

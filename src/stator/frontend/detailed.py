@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 
+from stator.core.output_delta import CallCollector
 from stator.frontend.decode import CHAT
 from stator.messages.openai import ChatAnswer, ChatCompletionRequest, CompletionRequest, Usage
 from stator.messages.processor import Alternative, CompletionDelta, PromptDetails, ScoredToken
+from stator.messages.tools import ToolCallDelta
 
 _encode = msgspec.json.Encoder().encode
 
@@ -78,6 +80,8 @@ class DetailedEncoder:
             self._begun.add(delta.choice)
             self._open(delta, events)
         tokens = delta.tokens
+        if delta.reasoning or delta.tool_calls:
+            events += self._parts(delta)
         if delta.text or (tokens is not None and (tokens.ids or tokens.scores)):
             fields: Json = {}
             if tokens is not None and tokens.ids is not None:
@@ -101,6 +105,15 @@ class DetailedEncoder:
             events.append(self._chunk(delta, body, None, None, {}, ids))
         elif told.text is not None or ids:
             events.append(self._chunk(delta, {"text": told.text or ""}, told.scores, None, ids))
+
+    def _parts(self, delta: CompletionDelta) -> list[bytes]:
+        """What a chat's delta has beside text: first what the model thought, then what it calls."""
+        bodies: list[Json] = []
+        if delta.reasoning:
+            bodies.append(reasoning_fields(delta.reasoning))
+        if delta.tool_calls:
+            bodies.append({"tool_calls": [_call_piece(piece) for piece in delta.tool_calls]})
+        return [self._chunk(delta, {"delta": body}, None, None, {}) for body in bodies]
 
     def _body(self, text: str) -> Json:
         return {"delta": {"content": text}} if self._head.chat else {"text": text}
@@ -129,9 +142,15 @@ class _Choice:
     scores: list[ScoredToken] | None = None
     prompt: PromptDetails = field(default_factory=PromptDetails)
     finish_reason: str | None = None
+    reasoning: list[str] = field(default_factory=list[str])
+    calls: CallCollector = field(default_factory=CallCollector)
 
     def add(self, delta: CompletionDelta) -> None:
         self.text.append(delta.text)
+        if delta.reasoning:
+            self.reasoning.append(delta.reasoning)
+        if delta.tool_calls:
+            self.calls.add(delta.tool_calls)
         if delta.prompt is not None:
             self.prompt = delta.prompt
         if delta.tokens is not None:
@@ -172,7 +191,7 @@ class DetailedAnswer:
             text = choice.prompt.text + text
             if choice.prompt.scores is not None:
                 scores = choice.prompt.scores + (scores or [])
-        body: Json = {"message": ChatAnswer(text)} if self._head.chat else {"text": text}
+        body: Json = {"message": _message(text, choice)} if self._head.chat else {"text": text}
         logprobs = None if scores is None else _logprobs(self._head.chat, scores)
         made: Json = {"index": index, **body, "logprobs": logprobs, "finish_reason": choice.finish_reason}
         if choice.ids is not None:
@@ -188,6 +207,30 @@ class DetailedAnswer:
         if prompt.scores is not None and self._wants_prompt_scores:
             made["prompt_logprobs"] = [_by_id(scored) for scored in prompt.scores]
         return made
+
+
+def _message(text: str, choice: _Choice) -> ChatAnswer | Json:
+    calls = choice.calls.calls()
+    if not calls and not choice.reasoning:
+        return ChatAnswer(text)
+    message: Json = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    if choice.reasoning:
+        message |= reasoning_fields("".join(choice.reasoning))
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def reasoning_fields(text: str) -> Json:
+    """Under the name that most clients read, and the newer one."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _call_piece(piece: ToolCallDelta) -> Json:
+    function: Json = {"arguments": piece.arguments}
+    if piece.name is None:
+        return {"index": piece.index, "function": function}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": {"name": piece.name, **function}}
 
 
 def _event(body: Json) -> bytes:

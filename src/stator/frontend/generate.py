@@ -83,7 +83,7 @@ class Generation:
     """Serves both endpoints; owns the open requests.
 
     After `drain` new requests are refused while open ones go on; `idle` waits for their end, `abort` ends them.
-    wall: Unix seconds, for the `created` of answers.
+    wall: Unix seconds, for the `created` of answers. of_model: whom to ask for a model; default: whoever targets finds.
     """
 
     def __init__(
@@ -96,9 +96,11 @@ class Generation:
         settings: FrontendSettings,
         rng: random.Random,
         wall: Callable[[], float] = time.time,
+        of_model: Callable[[str], Targets] | None = None,
     ) -> None:
         self._client = client
         self._targets = targets
+        self._of_model = of_model
         self._models = models
         self._metrics = metrics
         self._settings = settings
@@ -186,14 +188,15 @@ class Generation:
         record.streamed = bool(request.stream)
         context = self._context(http, record.started)
         latencies = self._metrics.histogram("inter_token_latency_seconds", record.model, endpoint)
-        target = self._target(endpoint)
+        targets = self._serving(request.model)
+        target = self._target(targets, endpoint)
         call = _Call(request, context, latencies, loop)
         try:
             await self._answer(http, call, target, record)
         except StatorError as error:
-            other = self._target_after(error, endpoint, target) if record.first_token_at is None else None
+            other = self._target_after(error, targets, endpoint, target) if record.first_token_at is None else None
             if other is None:
-                raise
+                raise self._of_all_models(error, request.model) from None
             logger.warning("request %s goes to another Processor: %s", http.call_id, error.message)
             await self._answer(http, call, other, record)
 
@@ -203,17 +206,18 @@ class Generation:
         request = unary.request(body, self._models, http.call_id)
         record.model = self._label(request.model or OTHER)
         context = self._context(http, record.started)
-        if not self._targets(endpoint) and self._targets(CHAT):
+        targets = self._serving(request.model)
+        if not targets(endpoint) and targets(CHAT):
             raise not_served(http.path)
-        target = self._target(endpoint)
+        target = self._target(targets, endpoint)
         try:
             item = await call_once(self._client, target, request, context=context, item_type=unary.item_type)
         except StatorError as error:
             if error.code is ErrorCode.NOT_FOUND:
                 raise not_served(http.path) from error
-            other = self._target_after(error, endpoint, target)
+            other = self._target_after(error, targets, endpoint, target)
             if other is None:
-                raise
+                raise self._of_all_models(error, request.model or "") from None
             item = await call_once(self._client, other, request, context=context, item_type=unary.item_type)
         record.status, record.ending = 200, Ending.STOP
         await http.respond(200, unary.encode(item))
@@ -252,18 +256,30 @@ class Generation:
             self._labels = frozenset(card.id for card in self._models())
         return model if model in self._labels else OTHER
 
-    def _target(self, endpoint: str) -> Target:
-        targets = self._targets(endpoint)
+    def _of_all_models(self, error: StatorError, model: str) -> StatorError:
+        """A Processor that does not know a model knows its own ones alone."""
+        if error.code is not ErrorCode.MODEL_NOT_FOUND or self._of_model is None:
+            return error
+        served = ", ".join(card.id for card in self._models()) or "none"
+        message = f"The model {model!r} does not exist. Models served here: {served}."
+        return StatorError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+
+    def _serving(self, model: str | None) -> Targets:
+        """None: a request that names no model goes to our own namespace."""
+        return self._targets if self._of_model is None or model is None else self._of_model(model)
+
+    def _target(self, serving: Targets, endpoint: str) -> Target:
+        targets = serving(endpoint)
         if not targets:
             raise StatorError(ErrorCode.NO_INSTANCE, "No Processor is ready to take the request.", retry_after_s=1.0)
         self._turn += 1
         return targets[self._turn % len(targets)]
 
-    def _target_after(self, error: StatorError, endpoint: str, failed: Target) -> Target | None:
+    def _target_after(self, error: StatorError, serving: Targets, endpoint: str, failed: Target) -> Target | None:
         """Another Processor, if the first one left before it had answered anything."""
         if error.code not in _PROCESSOR_LEFT or self.draining:
             return None
-        others = [target for target in self._targets(endpoint) if target.instance_id != failed.instance_id]
+        others = [target for target in serving(endpoint) if target.instance_id != failed.instance_id]
         return others[self._turn % len(others)] if others else None
 
     def _context(self, http: HttpExchange, started: float) -> CallContext:
@@ -291,16 +307,17 @@ class Generation:
 
     async def _answer_stream(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
         options = request.stream_options
-        plain, created = is_plain(request), int(self._wall())
+        created = int(self._wall())
         encoder: ChunkEncoder | DetailedEncoder
+        deltas = await stream.batch()
+        if not deltas:
+            raise _unfinished()
+        plain = is_plain(request) and not deltas[0].parsed
         if plain:
             usage = options is not None and options.include_usage
             encoder = ChunkEncoder(record.endpoint, http.call_id, request.model, created, include_usage=usage)
         else:
             encoder = DetailedEncoder(record.endpoint, http.call_id, request, created)
-        deltas = await stream.batch()
-        if not deltas:
-            raise _unfinished()
         last = deltas[-1]
         if last.ending is not None and plain:
             _usage(last)
@@ -319,17 +336,17 @@ class Generation:
         await http.finish_events(events + DONE)
 
     async def _answer_whole(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
-        if not is_plain(request):
-            await self._answer_whole_detailed(http, request, stream, record)
+        deltas = await stream.batch()
+        if not is_plain(request) or (deltas and deltas[0].parsed):
+            await self._answer_whole_detailed(http, request, stream, deltas, record)
             return
         texts: list[str] = []
         last = CompletionDelta()
-        explanation: Headers = ()
-        while deltas := await stream.batch():
-            if not texts:
-                explanation = _explanation(deltas[0])
+        explanation: Headers = _explanation(deltas[0]) if deltas else ()
+        while deltas:
             texts += [delta.text for delta in deltas]
             last = deltas[-1]
+            deltas = await stream.batch()
         usage = _finish(record, last)
         body = encode_whole(
             record.endpoint, http.call_id, request.model, int(self._wall()), texts, record.ending.value, usage
@@ -337,17 +354,23 @@ class Generation:
         await http.respond(200, body, headers=explanation)
 
     async def _answer_whole_detailed(
-        self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record
+        self,
+        http: HttpExchange,
+        request: Request,
+        stream: DeltaStream,
+        deltas: Sequence[CompletionDelta],
+        record: _Record,
     ) -> None:
+        """deltas: the first ones."""
         answer = DetailedAnswer(record.endpoint, http.call_id, request, int(self._wall()))
-        last, explanation = CompletionDelta(), None
-        while deltas := await stream.batch():
-            if explanation is None:
-                explanation = _explanation(deltas[0])
+        last = CompletionDelta()
+        explanation: Headers = _explanation(deltas[0]) if deltas else ()
+        while deltas:
             answer.add(deltas)
             last = deltas[-1]
+            deltas = await stream.batch()
         usage = _finish(record, last, may_be_empty=shows_prompt_only(request))
-        await http.respond(200, answer.encode(usage), headers=explanation or ())
+        await http.respond(200, answer.encode(usage), headers=explanation)
 
     def _account(self, http: HttpExchange, record: _Record, now: float) -> None:
         metrics, labels = self._metrics, (record.model, record.endpoint)

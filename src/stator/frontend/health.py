@@ -20,6 +20,13 @@ class ModelHealth(msgspec.Struct, frozen=True):
     prefill: int = 0
 
 
+class NamespaceHealth(msgspec.Struct, frozen=True):
+    """ready: a request for one of its models can be finished there."""
+
+    ready: bool
+    models: dict[str, ModelHealth]
+
+
 class PairingRefusal(msgspec.Struct, frozen=True):
     """None of these decode instances takes KV blocks from any of these prefill instances.
 
@@ -35,12 +42,14 @@ class HealthReport(msgspec.Struct, frozen=True):
     """ready: at least one model can finish a request. reasons: why not, for the person who asks.
 
     pairing_refusals: they cost remote prefill, not readiness, since decode workers then prefill for themselves.
+    namespaces: each by itself, if the frontend serves more than its own.
     """
 
     ready: bool
     reasons: list[str]
     models: dict[str, ModelHealth]
     pairing_refusals: list[PairingRefusal] = []
+    namespaces: dict[str, NamespaceHealth] = {}
 
 
 def health_of(instances: Iterable[InstanceInfo], required_roles: Sequence[str] = ()) -> HealthReport:

@@ -7,8 +7,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from stator.frontend.health import ModelHealth, PairingRefusal
-from stator.messages.openai import ChatAnswer, Usage
+from stator.messages.openai import Usage
 from stator.messages.routing import DecisionRecord
+from stator.messages.tools import ToolCall
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
@@ -45,6 +46,17 @@ class TextLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
+class ChatAnswer(msgspec.Struct):
+    """content: null beside tool_calls."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+
+
 class ChatChoice(msgspec.Struct):
     index: int
     message: ChatAnswer
@@ -64,9 +76,24 @@ class ChatCompletion(msgspec.Struct):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
+class FunctionPiece(msgspec.Struct):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class CallPiece(msgspec.Struct):
+    index: int
+    function: FunctionPiece
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatDelta(msgspec.Struct):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[CallPiece] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):

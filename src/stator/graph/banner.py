@@ -90,6 +90,18 @@ def format_join(lines: Sequence[JoinLine], head: tuple[str, int], namespace: str
     return "\n".join([*text, f"  Another node needs the token: {token_place}"])
 
 
+def format_guests(guests: Sequence[str], target: str, head: tuple[str, int] | None, token_file: Path | None) -> str:
+    """How graphs join in the other namespaces that a frontend here serves. head: None where etcd and NATS are named by
+    the environment. token_file: of the head, if that is where its token is."""
+    flags = [] if head is None else ["--join", f"{url_host(head[0])}:{head[1]}"]
+    flags += [] if head is None or token_file is None else ["--token-file", str(token_file)]
+    return "\n".join(
+        f"  Models of namespace {name} are served here too, once a graph of it joins:\n"
+        f"    {shlex.join(['stator', 'serve', target, '-f', 'CONFIG', *flags, '--namespace', name])}"
+        for name in guests
+    )
+
+
 def format_exports(lines: Sequence[JoinLine], external: ExternalPlanes, namespace: str) -> str:
     """As `format_join`, for nodes that find each other through etcd and NATS. Nothing secret is shown."""
     export = shlex.join(

@@ -1,12 +1,13 @@
 """What a running service is given: its identity, its configuration and the planes."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from stator.discovery.base import Discovery, Lease
+from stator.graph.neighbour import Neighbour
 from stator.graph.protocol import Serving
 from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo
@@ -60,6 +61,7 @@ class ServiceContext:
     rng: Random
     settings: LiveSettings
     open_queue: Callable[[str], JobQueue] = field(repr=False)
+    look_into: Callable[[str], Awaitable[Neighbour]] = field(repr=False)
     on_fail: Callable[[str], None] = field(repr=False)
     on_leave: Callable[[str], None] = field(repr=False)
     on_serving: Callable[[Serving], None] = field(repr=False)
@@ -79,6 +81,11 @@ class ServiceContext:
     def queue(self, name: str) -> JobQueue:
         """The deployment's queue of that name; the same object for the same name. Closed with the process."""
         return self.open_queue(name)
+
+    async def neighbours(self, namespaces: Sequence[str]) -> list[Neighbour]:
+        """Other namespaces of this control plane, in that order and once each; our own is left out. Closed with the
+        process. Raises ConfigError for one that may not be looked into."""
+        return [await self.look_into(name) for name in dict.fromkeys(namespaces) if name != self.namespace]
 
     def follow_setting(self, name: str, option: str, apply: Callable[[Any], None]) -> None:
         """Have a setting of the deployment (`core.settings`) applied here, now and whenever it changes.

@@ -13,13 +13,13 @@ from stator.config.external import ExternalPlanes
 from stator.discovery.etcd import EtcdDiscovery
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.graph.terminal import Terminal
+from stator.graph.token import TOKEN_KEY
 from stator.hub.client import DEFAULT_TIMEOUT_S
 from stator.queue.nats_connection import JetStreamError, NatsConnection
 from stator.runtime.tasks import TaskOwner
 
 logger = logging.getLogger(__name__)
 
-TOKEN_KEY = "token"
 START_TIMEOUT_S = 60.0
 RETRY_S = 2.0
 

@@ -7,7 +7,7 @@ so that it may be restarted under load as well.
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -20,6 +20,7 @@ from stator.graph.terminal import Terminal, log_to
 from stator.hub.server import Hub
 from stator.ids import InstanceId
 from stator.transport.addresses import TcpAddress, parse_address
+from stator.transport.refusals import HUB_ROLE
 from stator.transport.server import RequestPlaneServer
 from stator.transport.settings import Identity, Listen
 
@@ -32,19 +33,21 @@ JOINING = (
 
 @dataclass(frozen=True, slots=True)
 class HubOptions:
-    """What the command line says."""
+    """What the command line says. also: namespaces whose graphs may join as well."""
 
     namespace: str
     token_file: Path | None
     host: str
     port: int
     advertise: str | None
+    also: tuple[str, ...] = ()
 
 
 @contextlib.asynccontextmanager
-async def running_hub(namespace: str, secret: str, listen: Listen) -> AsyncGenerator[int]:
-    """The port it listens on. Raises ConfigError if it cannot."""
-    identity = Identity(namespace, InstanceId(f"hub-{uuid4().hex[:12]}"), "hub", secret, environment.tls())
+async def running_hub(namespace: str, secret: str, listen: Listen, also: Collection[str] = ()) -> AsyncGenerator[int]:
+    """The port it listens on. also: namespaces besides its own. Raises ConfigError if it cannot."""
+    instance_id = InstanceId(f"hub-{uuid4().hex[:12]}")
+    identity = Identity(namespace, instance_id, HUB_ROLE, secret, environment.tls(), frozenset(also))
     server = RequestPlaneServer(identity, listen)
     hub = Hub(server)
     try:
@@ -64,6 +67,8 @@ async def running_hub(namespace: str, secret: str, listen: Listen) -> AsyncGener
 async def run_hub(options: HubOptions) -> ExitCode:
     """Run a hub until SIGINT or SIGTERM. Raises ConfigError if it cannot start."""
     token.check_namespace(options.namespace)
+    for other in options.also:
+        token.check_namespace(other, "--also")
     terminal = Terminal()
     log_to(terminal, options.namespace)
     stop = asyncio.Event()
@@ -72,7 +77,7 @@ async def run_hub(options: HubOptions) -> ExitCode:
         secret = token.find_or_make_token(options.namespace, options.token_file)
         advertise = network.advertised_address(options.host, options.advertise, None)
         listen = Listen(host=options.host, port=options.port, advertise=advertise)
-        async with running_hub(options.namespace, secret, listen) as port:
+        async with running_hub(options.namespace, secret, listen, options.also) as port:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, stop.set)
             terminal.say(_hub_text(options, (advertise, port)))

@@ -77,6 +77,11 @@ class Node:
     def is_head(self) -> bool:
         return self.head is None and self.external is None and not self.graph.is_component
 
+    def guests(self) -> list[str]:
+        """Namespaces that a frontend here serves as well, so that the hub here lets them in."""
+        names = (name for config in _frontends(self.sections) for name in config.namespaces)
+        return [name for name in dict.fromkeys(names) if name != self.options.namespace]
+
     def role(self, service: str) -> str:
         return self.graph.services[service].role
 
@@ -105,6 +110,8 @@ def prepare(options: ServeOptions, *, for_start: bool) -> Node:
     if for_start:
         _refuse(refusal)
     configuration, sections, notices = _sections(options, graph)
+    for name in (name for config in _frontends(sections) for name in config.namespaces):
+        token.check_namespace(name, "Frontend.namespaces:")
     head = None if options.join is None else network.parse_host_port(options.join, DEFAULT_HUB_PORT, "--join")
     advertise = network.advertised_address(options.host, options.advertise, head or _store(external))
     port_range = None if options.port_range is None else network.parse_port_range(options.port_range)
@@ -130,6 +137,10 @@ def prepare(options: ServeOptions, *, for_start: bool) -> Node:
         options, graph, configuration, sections, plans, inventory, head, external, advertise, port_range, tuple(told),
         refusal, fits,
     )  # fmt: skip
+
+
+def _frontends(sections: Mapping[str, Section]) -> list[FrontendConfig]:
+    return [section.config for section in sections.values() if isinstance(section.config, FrontendConfig)]
 
 
 def _store(external: ExternalPlanes | None) -> tuple[str, int] | None:

@@ -3,11 +3,13 @@
 import random
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from stator.config.external import ExternalPlanes
 from stator.discovery.base import Discovery
 from stator.discovery.hub_client import HubDiscovery
 from stator.errors import ConfigError
+from stator.graph.neighbour import Neighbour
 from stator.hub.client import DEFAULT_TIMEOUT_S
 from stator.queue.base import JobQueue
 from stator.queue.hub_client import HubQueue
@@ -26,6 +28,7 @@ class Planes:
 
     network: in which client finds colocated services. open_queue: makes the client of one queue. list_queues: see
     queue_names. finish: closes what the queues share. bind: where servers made here get their listening sockets from.
+    look_into: another namespace, not started.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Planes:
         list_queues: Callable[[], Awaitable[list[str]]] | None = None,
         finish: Callable[[], Awaitable[None]] | None = None,
         bind: BindTcp = bind_tcp,
+        look_into: Callable[[str], Neighbour] | None = None,
     ) -> None:
         self.client = client
         self.network = network
@@ -47,6 +51,8 @@ class Planes:
         self._list_queues = list_queues
         self._finish = finish
         self._bind = bind
+        self._look_into = look_into
+        self._neighbours: dict[str, Neighbour] = {}
         self._queues: dict[str, JobQueue] = {}
 
     async def start(self) -> None:
@@ -57,6 +63,17 @@ class Planes:
             self._queues[name] = self._open_queue(name)
         return self._queues[name]
 
+    async def neighbour(self, namespace: str) -> Neighbour:
+        """Another namespace of this control plane; the same object for the same name. Closed with the planes.
+
+        Raises ConfigError if it cannot be looked into."""
+        if namespace not in self._neighbours:
+            if self._look_into is None:
+                raise ConfigError(f"namespace {namespace}: this control plane has no others")
+            found = self._neighbours[namespace] = self._look_into(namespace)
+            await found.start()
+        return self._neighbours[namespace]
+
     async def queue_names(self) -> list[str]:
         """The queues that there are, where no hub tells it. Raises StatorError."""
         return [] if self._list_queues is None else await self._list_queues()
@@ -66,6 +83,8 @@ class Planes:
         return RequestPlaneServer(identity, listen, network=self.network, bind=self._bind)
 
     async def close(self) -> None:
+        for neighbour in self._neighbours.values():
+            await neighbour.close()
         await self.directory.close()
         for queue in self._queues.values():
             await queue.close()
@@ -90,7 +109,13 @@ def hub_planes(
     def open_queue(name: str) -> JobQueue:
         return HubQueue(client, addresses, namespace=identity.namespace, name=name, random_source=rng)
 
-    return Planes(client, network, discovery, open_queue, bind=bind)
+    def look_into(namespace: str) -> Neighbour:
+        # A hub and all who join it have one token.
+        caller = RequestPlaneClient(replace(identity, namespace=namespace))
+        watched = HubDiscovery(caller, addresses, namespace=namespace, random_source=rng)
+        return Neighbour(namespace, caller, watched)
+
+    return Planes(client, network, discovery, open_queue, bind=bind, look_into=look_into)
 
 
 def external_planes(identity: Identity, external: ExternalPlanes) -> Planes:
@@ -114,6 +139,17 @@ def external_planes(identity: Identity, external: ExternalPlanes) -> Planes:
     discovery = EtcdDiscovery(external.etcd, namespace=identity.namespace)
     connection = NatsConnection(external.nats, timeout_s=DEFAULT_TIMEOUT_S, random_source=random.SystemRandom())
     open_queue = nats_queues(connection, discovery, namespace=identity.namespace, replicas=external.nats.replicas)
+
+    def look_into(namespace: str) -> Neighbour:
+        caller = replace(identity, namespace=namespace)
+        watched = EtcdDiscovery(external.etcd, namespace=namespace)
+        return Neighbour(
+            namespace,
+            RequestPlaneClient(caller),
+            watched,
+            lambda token: RequestPlaneClient(replace(caller, token=token)),
+        )
+
     return Planes(
         client,
         network,
@@ -121,6 +157,7 @@ def external_planes(identity: Identity, external: ExternalPlanes) -> Planes:
         open_queue,
         list_queues=lambda: queue_names(connection, identity.namespace),
         finish=connection.close,
+        look_into=look_into,
     )
 
 

@@ -308,6 +308,7 @@ class ServiceProcess:
             origins=option_origins(spec.name, section, Configuration(child.sections, child.source)),
             clocks=self._clocks,
             open_queue=planes.queue,
+            look_into=planes.neighbour,
             on_fail=self._fail,
             on_leave=self._leave,
             on_serving=self._report,

@@ -21,7 +21,7 @@ from stator.graph.dead_instances import DeadInstances
 from stator.graph.hub_node import running_hub
 from stator.graph.interpreter import source_for
 from stator.graph.node import Node, ServeOptions, prepare
-from stator.graph.placement import FRONTEND, ProcessPlan
+from stator.graph.placement import FRONTEND, PROCESSOR, ProcessPlan
 from stator.graph.planes import open_planes
 from stator.graph.protocol import ChildSpec, ExitCode, Serving
 from stator.graph.sockets import open_listener, socket_directory
@@ -91,7 +91,7 @@ async def _control_plane(options: ServeOptions, node: Node, terminal: Terminal) 
         return
     host = options.hub_host or options.host
     listen = Listen(host=host, port=options.hub_port, advertise=node.advertise)
-    async with running_hub(options.namespace, secret, listen) as port:
+    async with running_hub(options.namespace, secret, listen, node.guests()) as port:
         local = "127.0.0.1" if network.is_wildcard(host) else host
         yield _ControlPlane(secret, (local, port), (node.advertise, port))
 
@@ -251,7 +251,8 @@ def _ready_text(options: ServeOptions, node: Node, public_hub: tuple[str, int] |
 
 
 def _exports_text(options: ServeOptions, node: Node, external: ExternalPlanes) -> str:
-    return banner.format_exports(_lines(options, node), external, options.namespace)
+    exports = banner.format_exports(_lines(options, node), external, options.namespace)
+    return _with_guests(options, node, None, exports)
 
 
 def _lines(options: ServeOptions, node: Node) -> Sequence[banner.JoinLine]:
@@ -260,9 +261,18 @@ def _lines(options: ServeOptions, node: Node) -> Sequence[banner.JoinLine]:
 
 def _join_text(options: ServeOptions, node: Node, hub: tuple[str, int]) -> str:
     lines = _lines(options, node)
-    return banner.format_join(
-        lines, hub, options.namespace, token.place_of_token(options.namespace, options.token_file)
-    )
+    place = token.place_of_token(options.namespace, options.token_file)
+    return _with_guests(options, node, hub, banner.format_join(lines, hub, options.namespace, place))
+
+
+def _with_guests(options: ServeOptions, node: Node, hub: tuple[str, int] | None, text: str) -> str:
+    processor = next((spec.name for spec in node.graph.services.values() if spec.role == PROCESSOR), None)
+    target = "TARGET" if processor is None else f"{options.target.partition(':')[0]}:{processor}"
+    token_file = None
+    if environment.token() is None:
+        token_file = options.token_file or token.default_token_file(options.namespace)
+    guests = banner.format_guests(node.guests(), target, hub, token_file)
+    return "\n".join(part for part in (text, guests) if part)
 
 
 def _text(address: tuple[str, int]) -> str:

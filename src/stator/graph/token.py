@@ -12,10 +12,15 @@ from stator.errors import ConfigError
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
-def check_namespace(namespace: str) -> None:
+TOKEN_KEY = "token"
+"""In discovery, where nodes read a token that the first of them drew."""
+
+
+def check_namespace(namespace: str, given_as: str = "--namespace") -> None:
+    """Raises ConfigError, which names given_as."""
     if not _NAMESPACE.fullmatch(namespace):
         raise ConfigError(
-            f"--namespace {namespace}: expected 1 to 63 letters, digits, dots, dashes and underscores, "
+            f"{given_as} {namespace}: expected 1 to 63 letters, digits, dots, dashes and underscores, "
             f"beginning with a letter or digit"
         )
 
@@ -91,5 +96,6 @@ def missing_token(namespace: str, head: str) -> str:
     return (
         f"joining {head} needs the deployment's token, and there is none here. The head has it in its STATOR_TOKEN, "
         f"or in {default_token_file(namespace)} of the user who started it. Copy that file to the same place here "
-        f"(mode 600), or give it with --token-file FILE, or set STATOR_TOKEN"
+        f"(mode 600), or give it with --token-file FILE, or set STATOR_TOKEN. A hub of another namespace has the token "
+        f"of that one"
     )

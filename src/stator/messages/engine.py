@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from stator.ids import InstanceId, JobId, RequestId
+from stator.messages.grammar import Grammar
 from stator.messages.tokens import EMPTY, TokenBuffer
 
 
@@ -29,7 +30,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     Penalties follow vLLM: presence and frequency over output tokens, repetition over prompt and output.
     logprobs, prompt_logprobs: how many alternatives are told with each token of the output, of the prompt; 0: that of
     the token alone, None: nothing. logit_bias: (token id, what is added to its logit). allowed_token_ids: no others may
-    come; empty: all may.
+    come; empty: all may. grammar: what the output must be, up to its stop token or its last token.
     """
 
     max_tokens: int
@@ -49,6 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from stator.messages.openai_fields import UNSUPPORTED_UNLESS
+from stator.messages.tools import ResponseFormat, StructuredOutputs, Tool, ToolChoice
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """JSON knows no width; the wire behind the HTTP edge carries 64 bits."""
@@ -33,6 +34,8 @@ class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     function_call: Any = None
     audio: Any = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class StreamOptions(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,6 +72,12 @@ class RequestFields(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     prompt_logprobs: Int | None = None
     return_token_ids: bool | None = None
     skip_special_tokens: bool = True
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
 
 class ChatCompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_only=True):
@@ -77,9 +86,8 @@ class ChatCompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_o
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
     service_tier: str | None = None
@@ -96,6 +104,8 @@ class ChatCompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_o
     prediction: Any = None
     moderation: Any = None
     web_search_options: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
 
 
 class CompletionRequest(RequestFields, frozen=True, omit_defaults=True, kw_only=True):

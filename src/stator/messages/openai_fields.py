@@ -52,6 +52,11 @@ _STREAM = (
     _refused("stream_options.include_obfuscation", False, note="streams are never padded"),
 )
 
+_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+"""vLLM's older names, which it has dropped too."""
+
+_FORM = "`json_object` or `json_schema`; the model writes nothing else. Schemas of 64 KiB and 32 levels"
+
 _EXTENSIONS = (
     _extension("stream_options.continuous_usage_stats", "with `include_usage`: each chunk has the usage so far"),
     _extension("top_k", "0 and -1 are off"),
@@ -66,6 +71,8 @@ _EXTENSIONS = (
     _extension("return_token_ids"),
     _extension("priority", "of requests that wait, those with a smaller number are first"),
     _extension("cache_salt", "requests with different salts share no cached prompt"),
+    _extension("structured_outputs", "one of `json`, `regex`, `choice`, `grammar`, `json_object`"),
+    *(Field(name, Effect.REFUSED, "use `structured_outputs`", extension=True) for name in _GUIDED),
 )
 
 CHAT_FIELDS: tuple[Field, ...] = (
@@ -91,23 +98,25 @@ CHAT_FIELDS: tuple[Field, ...] = (
     _accepted("safety_identifier", "nothing is kept of it"),
     _accepted("metadata", "nothing is kept of it"),
     _accepted("prompt_cache_key", "the router finds the worker with the longest cached prefix by itself"),
-    _accepted("parallel_tool_calls", "there are no tools yet"),
     _refused("prompt_cache_retention", "in_memory", note="prompts stay cached while there is room"),
     _refused("prompt_cache_options", {}, {"mode": "implicit"}),
     _refused("service_tier", "auto", "default", note="see `priority`"),
     _refused("store", False),
-    _refused("tools", []),
-    _refused("tool_choice", "none", "auto"),
+    _works("tools", "functions, at most 128; if the model's chat template takes tools in a known format"),
+    _works("tool_choice", "`required` and a named function are kept by a grammar, with any model"),
+    _works("parallel_tool_calls"),
     _refused("functions", []),
     _refused("function_call", "none", "auto"),
-    _refused("response_format", {"type": "text"}),
+    _works("response_format", _FORM),
     _refused("modalities", ["text"]),
     _refused("audio"),
-    _refused("reasoning_effort", "none"),
+    _works("reasoning_effort", "if the model's chat template has it, or a switch for reasoning"),
     _refused("verbosity", "medium"),
     _refused("prediction"),
     _refused("moderation"),
     _refused("web_search_options"),
+    _extension("chat_template_kwargs", "`enable_thinking`, `thinking`, `thinking_budget`"),
+    _extension("include_reasoning", "false leaves `reasoning_content` out"),
     *_EXTENSIONS,
 )
 
@@ -129,6 +138,7 @@ COMPLETION_FIELDS: tuple[Field, ...] = (
     _accepted("user", "nothing is kept of it"),
     _refused("best_of", note="unless it is equal to `n`"),
     _refused("suffix", ""),
+    _extension("response_format", _FORM),
     *_EXTENSIONS,
 )
 

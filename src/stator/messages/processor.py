@@ -5,6 +5,7 @@ import msgspec
 from stator.errors import Ending
 from stator.ids import InstanceId
 from stator.messages.openai import Usage
+from stator.messages.tools import ToolCallDelta
 
 
 class Alternative(msgspec.Struct, frozen=True, array_like=True):
@@ -55,6 +56,9 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     Of a request for several choices, `choice` says which one a delta belongs to, and each has its `ending`; `usage`, of
     all together, comes with the last of them, or with every delta if asked (`continuous_usage_stats`).
     tokens, prompt: what else was asked for; prompt on the first delta of a choice.
+
+    parsed: on the first delta of a choice: its answer has parts beside its text, or may have: reasoning and tool_calls,
+    new since the last delta as text is.
     """
 
     text: str = ""
@@ -67,6 +71,9 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     choice: int = 0
     tokens: TokenDetails | None = None
     prompt: PromptDetails | None = None
+    parsed: bool = False
+    reasoning: str = ""
+    tool_calls: list[ToolCallDelta] = []
 
 
 EXPLAIN_HEADER = "x-stator-explain"

@@ -87,6 +87,7 @@ FRONTEND_PROCESS_UP = MetricSpec(
 _WORKER = ("worker", "service", "role", "host")
 
 WORKER_METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec("worker_info", _G, "1 for each worker, with the model that it serves.", (*_WORKER, "model")),
     MetricSpec("worker_running_requests", _G, "Sequences in the engine's batch.", _WORKER),
     MetricSpec("worker_waiting_requests", _G, "Sequences waiting for a place in the batch.", _WORKER),
     MetricSpec("worker_kv_blocks", _G, "KV blocks of the engine.", _WORKER),
@@ -236,6 +237,7 @@ class TalliedHistogram(Collector):
 @dataclass(slots=True)
 class _Worker:
     labels: tuple[str, ...]
+    model: str
     report: WorkerReport
     readings: deque[tuple[float, EngineLoad]] = field(default_factory=lambda: deque[tuple[float, EngineLoad]]())
 
@@ -265,7 +267,7 @@ class WorkerCollector(Collector):
         worker = self._workers.get(instance.instance_id)
         if worker is None:
             labels = (instance.instance_id, instance.service, instance.role, instance.host)
-            worker = self._workers[instance.instance_id] = _Worker(labels, report)
+            worker = self._workers[instance.instance_id] = _Worker(labels, instance.model or "", report)
         worker.report = report
         worker.readings.append((now, report.load))
         while len(worker.readings) > 2 and worker.readings[1][0] <= now - RATE_WINDOW_S:
@@ -278,6 +280,7 @@ class WorkerCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         families = {spec.name: _family(spec) for spec in WORKER_METRICS}
         for worker in self._workers.values():
+            families["worker_info"].add_metric((*worker.labels, worker.model), 1)
             for name, value in _values(worker.report.load, worker.rates()).items():
                 families[name].add_metric(worker.labels, value)
             families["worker_stalls_total"].add_metric(worker.labels, worker.report.stalls_total)

@@ -10,7 +10,7 @@ list of parts, tool results, a developer role) is found out at load by rendering
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +26,8 @@ from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.messages.openai import ChatMessage, TextPart
 
 _Message = dict[str, Any]
+
+_NO_ARGUMENTS: Mapping[str, Any] = {}
 
 PARTS_SEPARATOR = "\n"
 """Between text parts for a template that takes strings only, as vLLM joins them."""
@@ -134,13 +136,16 @@ class ChatTemplate:
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[dict[str, Any]] = (),
+        arguments: Mapping[str, Any] = _NO_ARGUMENTS,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
         """The prompt's text, special tokens included: encode it without adding any.
 
-        add_generation_prompt: it ends with what begins an answer. continue_final_message: it ends with the last
-        message's text, without what the template writes after it.
+        tools: in OpenAI's shape. arguments: more of the template's own variables. add_generation_prompt: it ends with
+        what begins an answer. continue_final_message: it ends with the last message's text, without what the template
+        writes after it.
 
         Raises StatorError(INVALID_REQUEST), with the template's own message if it refuses the conversation, or
         UNSUPPORTED for a message that this template would drop in silence.
@@ -151,7 +156,7 @@ class ChatTemplate:
         if continue_final_message:
             _mark_end(prepared[-1], f"messages[{len(prepared) - 1}]")
         try:
-            text = self._render(prepared, add_generation_prompt=add_generation_prompt)
+            text = self._render(prepared, list(tools) or None, arguments, add_generation_prompt=add_generation_prompt)
         except TemplateRefusal as refusal:
             raise StatorError(ErrorCode.INVALID_REQUEST, str(refusal), param="messages") from refusal
         except Exception as error:  # a template is a program: anything may come out of it
@@ -171,11 +176,19 @@ class ChatTemplate:
             )
         return before
 
-    def _render(self, messages: list[_Message], *, add_generation_prompt: bool = True) -> str:
+    def _render(
+        self,
+        messages: list[_Message],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] = _NO_ARGUMENTS,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
         return self._template.render(
             **self._special_tokens,
+            **arguments,
             messages=messages,
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
         )
@@ -198,6 +211,10 @@ class ChatTemplate:
             prepared["name"] = message.name
         if message.tool_calls is not None:
             prepared["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
+        reasoning = message.reasoning_content or message.reasoning
+        if reasoning:
+            # Templates know either name.
+            prepared |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if message.tool_call_id is not None:
             prepared["tool_call_id"] = message.tool_call_id
         return prepared

@@ -10,6 +10,7 @@ from stator.core.detokenize import Detokenizer
 from stator.errors import ErrorCode, StatorError
 from stator.messages.engine import SamplingParams, TokenDelta, TokenScore
 from stator.messages.processor import Alternative, PromptDetails, ScoredToken, TokenDetails
+from stator.processor.answer_form import AnswerReader
 from stator.processor.answer_options import AnswerOptions
 
 
@@ -45,7 +46,15 @@ class Details:
     """One choice's. What was told is kept with the choice, not with an attempt: one that goes on elsewhere asks only
     for what is left."""
 
-    def __init__(self, options: AnswerOptions, vocabulary: Vocabulary, prompt: ShownPrompt) -> None:
+    def __init__(
+        self,
+        options: AnswerOptions,
+        vocabulary: Vocabulary,
+        prompt: ShownPrompt,
+        reader: AnswerReader | None = None,
+    ) -> None:
+        """reader: of what the text is more than text."""
+        self.reader = reader
         self.shows_output = not options.prompt_only
         self.continuous_usage = options.continuous_usage
         self._options = options

@@ -35,6 +35,7 @@ from stator.messages.processor import (
 )
 from stator.messages.routing import RouteObservation
 from stator.messages.tokens import TokenBuffer, num_tokens, pack
+from stator.processor.answer_form import AnswerReader, named_by
 from stator.processor.attempt import Attempt, RebookSink, RouteSink, TokenSink
 from stator.processor.booking import MAX_REBOOKINGS, Bookings, RouterWait
 from stator.processor.choices import ChoiceCall
@@ -53,7 +54,7 @@ _ENDINGS = {FinishReason.STOP: Ending.STOP, FinishReason.LENGTH: Ending.LENGTH}
 @dataclass(slots=True)
 class GenerationRequest:
     """model: the name the router knows. stop_ids: ids that end the output (eos unless ignored, and stop_token_ids).
-    stops: strings that do."""
+    stops: strings that do. grammar_param: the client's field that asks for `sampling.grammar`."""
 
     model: str
     prompt_ids: TokenBuffer
@@ -63,6 +64,7 @@ class GenerationRequest:
     stops: Sequence[str] = ()
     priority: int = 0
     cache_salt: str | None = None
+    grammar_param: str | None = None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,7 +138,7 @@ class Generation:
         """End the request with a failure, if it has not ended."""
         if not self._over:
             self._release()
-            self._call.end(error)
+            self._call.end(named_by(error, self._request.grammar_param))
 
     def fail(self) -> None:
         """End the request because of the exception being handled."""
@@ -411,6 +413,8 @@ class Generation:
             tokens=told.tokens,
             prompt=told.prompt,
         )
+        if details.reader is not None:
+            delta = _read(delta, details.reader)
         self._push(delta if first is None else self._explained(delta))
 
     def _started(self, attempt: Attempt, first: TokenDelta) -> None:
@@ -468,6 +472,8 @@ class Generation:
         last = CompletionDelta(text, num_output - self._num_pushed, ending, self._usage(), first)
         if told is not None:
             last = msgspec.structs.replace(last, tokens=told.tokens, prompt=told.prompt)
+        if self._details is not None and self._details.reader is not None:
+            last = _read(last, self._details.reader)
         if first is not None:
             last = self._explained(last)
         if self._attempt is not None:
@@ -489,6 +495,20 @@ class Generation:
         if attempt is not None:
             attempt.close()
         self._on_done(self)
+
+
+def _read(delta: CompletionDelta, reader: AnswerReader) -> CompletionDelta:
+    """With its text taken apart."""
+    ending = delta.ending
+    found = reader.read(delta.text, last=ending is not None)
+    return msgspec.structs.replace(
+        delta,
+        text=found.text,
+        reasoning=found.reasoning,
+        tool_calls=found.tool_calls,
+        ending=None if ending is None else reader.ending(ending),
+        parsed=delta.instance_id is not None,
+    )
 
 
 def _no_tokens(instance_id: InstanceId) -> StatorError:

@@ -90,6 +90,12 @@ def read_eos_ids(model_dir: Path) -> tuple[int, ...]:
     return ()
 
 
+def model_type(model_dir: Path) -> str:
+    """Of config.json; "" if it does not say."""
+    value = read_json(model_dir / MODEL_CONFIG).get("model_type")
+    return value if isinstance(value, str) else ""
+
+
 def context_length(model_dir: Path) -> int:
     """The most tokens, prompt and output together, that the model was made for. Raises ConfigError if unsaid."""
     path = model_dir / MODEL_CONFIG

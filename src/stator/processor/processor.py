@@ -20,6 +20,14 @@ from stator.errors import ErrorCode, StatorError
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 from stator.messages.tokens import TokenBuffer, num_tokens, pack, unpack
 from stator.processor import validation
+from stator.processor.answer_form import (
+    PLAIN_FORM,
+    AnswerForm,
+    AnswerForms,
+    check_with_grammar,
+    named_by,
+    new_call_id,
+)
 from stator.processor.answer_options import AnswerOptions, answer_options
 from stator.processor.booking import DEFAULT_ROUTER_WAIT_S, Bookings, RouterTarget
 from stator.processor.chat_template import ChatTemplate
@@ -48,6 +56,7 @@ class ProcessorSettings:
     router_wait_s: how long a request waits for a router when there is none.
     thread_chars: prompts of that many characters and more are tokenized on a thread (about 2 ms of work).
     max_encoding: prompts that may wait for that thread; more are refused.
+    tool_parser, reasoning_parser, model_type: as `AnswerForms` takes them.
     """
 
     migration_limit: int = 3
@@ -55,6 +64,9 @@ class ProcessorSettings:
     router_wait_s: float = DEFAULT_ROUTER_WAIT_S
     thread_chars: int = 8192
     max_encoding: int = 512
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+    model_type: str = ""
 
 
 class Processor:
@@ -112,6 +124,13 @@ class Processor:
             max_model_len=max_model_len,
             thread_chars=self._settings.thread_chars,
         )
+        self._forms = AnswerForms(
+            tokenizer,
+            tool_parser=self._settings.tool_parser,
+            reasoning_parser=self._settings.reasoning_parser,
+            model_type=self._settings.model_type,
+        )
+        self._new_call_id = new_call_id(rng.getrandbits)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._open: dict[Generation, None] = {}
         self._idle = asyncio.Event()
@@ -185,14 +204,22 @@ class Processor:
                 f"The model {self._models[0]!r} has no chat template; use /v1/completions with a plain prompt.",
                 param="messages",
             )
-        text = self._chat_template.render(request.messages)
+        form = self._forms.of_chat(request)
+        if form is PLAIN_FORM:
+            text = self._chat_template.render(request.messages)
+        else:
+            text = self._chat_template.render(
+                request.messages, tools=form.tools.definitions, arguments=form.template_arguments
+            )
         # The template wrote the special tokens; adding them again would double the first.
-        self._encode(call, request, [text], add_special_tokens=False)
+        self._encode(call, request, form, [text], add_special_tokens=False)
 
     def _completions(self, call: Call) -> None:
         request: CompletionRequest = call.request
         self._check(request)
-        self._encode(call, request, validation.prompts(request, self._tokenizer.num_ids), add_special_tokens=True)
+        form = self._forms.of_completion(request)
+        prompts = validation.prompts(request, self._tokenizer.num_ids)
+        self._encode(call, request, form, prompts, add_special_tokens=True)
 
     def _check(self, request: validation.Request) -> None:
         if self._closed:
@@ -204,7 +231,13 @@ class Processor:
         validation.stop_token_ids(request, self._tokenizer.num_ids)
 
     def _encode(
-        self, call: Call, request: validation.Request, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+        self,
+        call: Call,
+        request: validation.Request,
+        form: AnswerForm,
+        prompts: Sequence[str | list[int]],
+        *,
+        add_special_tokens: bool,
     ) -> None:
         def encode() -> list[TokenBuffer]:
             return [
@@ -215,7 +248,7 @@ class Processor:
             ]
 
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) < self._settings.thread_chars:
-            self._generate(call, request, prompts, encode())
+            self._generate(call, request, form, prompts, encode())
             return
 
         if self._num_encoding >= self._settings.max_encoding:
@@ -226,7 +259,8 @@ class Processor:
             self._num_encoding -= 1
             if not call.cancelled:
                 result = _stopping() if self._closed or future.cancelled() else future.exception()
-                self._guard(call, lambda: self._generate_or_raise(call, request, prompts, result or future.result()))
+                made = result or future.result()
+                self._guard(call, lambda: self._generate_or_raise(call, request, form, prompts, made))
             self._set_idle()
 
         self._num_encoding += 1
@@ -237,12 +271,13 @@ class Processor:
         self,
         call: Call,
         request: validation.Request,
+        form: AnswerForm,
         prompts: Sequence[str | list[int]],
         encoded: list[TokenBuffer] | BaseException,
     ) -> None:
         if isinstance(encoded, BaseException):
             raise encoded
-        self._generate(call, request, prompts, encoded)
+        self._generate(call, request, form, prompts, encoded)
 
     # From the prompts to the stream
 
@@ -250,15 +285,20 @@ class Processor:
         self,
         call: Call,
         request: validation.Request,
+        form: AnswerForm,
         prompts: Sequence[str | list[int]],
         encoded: Sequence[TokenBuffer],
     ) -> None:
         options = answer_options(request)
-        if len(encoded) == 1 and options.n == 1 and not options.has_details:
-            self._start(call, self._generation_request(request, encoded[0], options), options, None)
+        if len(encoded) == 1 and options.n == 1 and not options.has_details and not form.is_read:
+            made = self._generation_request(request, form, prompts[0], encoded[0], options)
+            self._start(call, made, options, form, None)
             return
         # All of them, so that a prompt that is refused is so before anything is computed.
-        requests = [self._generation_request(request, ids, options) for ids in encoded]
+        requests = [
+            self._generation_request(request, form, prompt, ids, options)
+            for prompt, ids in zip(prompts, encoded, strict=True)
+        ]
 
         def start(choice: ChoiceCall) -> None:
             number, nth = divmod(choice.index, options.n)
@@ -268,10 +308,12 @@ class Processor:
             if scores and nth:
                 sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
             details = None
-            if options.has_details:
-                shown = self._shown_prompt(prompts[number], made.prompt_ids, options, asks_scores=scores and not nth)
-                details = Details(options, self._tokenizer, shown)
-            self._start(choice, replace(made, sampling=sampling), options, details)
+            if options.has_details or form.is_read:
+                prompt = prompts[number]
+                shown = self._shown_prompt(prompt, made.prompt_ids, options, asks_scores=scores and not nth)
+                reader = form.reader(prompt, self._new_call_id) if isinstance(prompt, str) else None
+                details = Details(options, self._tokenizer, shown, reader)
+            self._start(choice, replace(made, sampling=sampling), options, form, details)
 
         shared = any(each.block_hashes or each.sampling.prompt_logprobs is not None for each in requests)
         choices = Choices(
@@ -294,10 +336,15 @@ class Processor:
         return ShownPrompt(ids, text, asks_scores)
 
     def _start(
-        self, call: Call | ChoiceCall, request: GenerationRequest, options: AnswerOptions, details: Details | None
+        self,
+        call: Call | ChoiceCall,
+        request: GenerationRequest,
+        options: AnswerOptions,
+        form: AnswerForm,
+        details: Details | None,
     ) -> None:
         output = OutputText(
-            self._tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens),
+            self._tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens, shown_ids=form.shown_ids),
             request.stops,
             min_tokens=request.sampling.min_tokens,
             stop_ids=request.stop_ids,
@@ -308,7 +355,12 @@ class Processor:
         generation.start()
 
     def _generation_request(
-        self, request: validation.Request, prompt_ids: TokenBuffer, options: AnswerOptions
+        self,
+        request: validation.Request,
+        form: AnswerForm,
+        prompt: str | list[int],
+        prompt_ids: TokenBuffer,
+        options: AnswerOptions,
     ) -> GenerationRequest:
         num_ids, eos_ids = self._tokenizer.num_ids, self._tokenizer.eos_ids
         max_tokens = validation.resolve_max_tokens(request, num_tokens(prompt_ids), self._max_model_len)
@@ -323,11 +375,14 @@ class Processor:
             allowed_ids=validation.allowed_token_ids(request, num_ids, eos_ids.union(stop_ids)),
             num_top=options.num_top,
             num_prompt_top=options.num_prompt_top,
+            grammar=None if form is PLAIN_FORM else form.grammar(prompt if isinstance(prompt, str) else ""),
         )
+        if sampling.grammar is not None:
+            check_with_grammar(request, form.param)
         model = self._models[0]
         lacking = self._instances.lacking(model, sampling)
         if lacking is not None:
-            raise lacks(*lacking)
+            raise named_by(lacks(*lacking), form.param)
         return GenerationRequest(
             model=model,
             prompt_ids=prompt_ids,
@@ -337,6 +392,7 @@ class Processor:
             stops=validation.stop_strings(request),
             priority=request.priority or 0,
             cache_salt=request.cache_salt,
+            grammar_param=form.param,
         )
 
     def _done(self, generation: Generation) -> None:

@@ -24,11 +24,13 @@ from stator.processor.word_cache import WordCache
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _T = TypeVar("_T")
+_NO_IDS: frozenset[int] = frozenset()
 
 
 class ModelTokenizer:
-    """special_tokens: role to text for chat templates. eos_ids: ids that end an output. num_ids: one above the
-    highest id. chat_template: source and the file it is from, None for a model without one."""
+    """special_tokens: role to text for chat templates. special_token_ids: text to id, of all. eos_ids: ids that end an
+    output. num_ids: one above the highest id. chat_template: source and the file it is from, None for a model without
+    one."""
 
     def __init__(
         self,
@@ -45,12 +47,14 @@ class ModelTokenizer:
         self.special_tokens = special_tokens
         self.chat_template = chat_template
         self.num_ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.special_ids = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_token_ids = {token.content: id for id, token in added.items() if token.special}
+        self.special_ids = frozenset(self.special_token_ids.values())
         self.eos_ids = frozenset(eos_ids or self._ids_of(special_tokens.get("eos_token")))
         settings: dict[str, Any] = msgspec.json.decode(tokenizer.to_str())
         self._decoder: dict[str, Any] | None = settings["decoder"]
         self._new_detokenizer = _detokenizer_factory(tokenizer, self._decoder, self.special_ids)
-        self._new_full_detokenizer: Callable[[], Detokenizer] | None = None
+        self._new_detokenizers: dict[frozenset[int], Callable[[], Detokenizer]] = {frozenset(): self._new_detokenizer}
         self._token_bytes = _Table(_token_bytes(tokenizer, self._decoder))
         self._words = WordCache.of(settings, self._encode_word)
 
@@ -104,13 +108,17 @@ class ModelTokenizer:
         vocabulary has none."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new one, for one output."""
-        if skip_special_tokens:
+    def detokenizer(self, *, skip_special_tokens: bool = True, shown_ids: frozenset[int] = _NO_IDS) -> Detokenizer:
+        """A new one, for one output. shown_ids: special tokens that are not skipped; of the model, not of a request."""
+        if skip_special_tokens and not shown_ids:
             return self._new_detokenizer()
-        if self._new_full_detokenizer is None:
-            self._new_full_detokenizer = _detokenizer_factory(self._tokenizer, self._decoder, frozenset())
-        return self._new_full_detokenizer()
+        shown = shown_ids if skip_special_tokens else self.special_ids
+        new = self._new_detokenizers.get(shown)
+        if new is None:
+            new = self._new_detokenizers[shown] = _detokenizer_factory(
+                self._tokenizer, self._decoder, self.special_ids - shown
+            )
+        return new()
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for by itself, which need not be whole characters; of a special one its text, of an

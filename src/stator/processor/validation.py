@@ -14,6 +14,7 @@ import msgspec
 
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.messages.engine import SamplingParams
+from stator.messages.grammar import Grammar
 from stator.messages.openai import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -250,6 +251,7 @@ def sampling_params(
     allowed_ids: tuple[int, ...] = (),
     num_top: int | None = None,
     num_prompt_top: int | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """Of a request that passed `check_ranges`. num_top, num_prompt_top: as in `AnswerOptions`.
 
@@ -280,6 +282,7 @@ def sampling_params(
         prompt_logprobs=num_prompt_top,
         logit_bias=bias,
         allowed_token_ids=allowed_ids,
+        grammar=grammar,
     )
 
 

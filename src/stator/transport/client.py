@@ -11,7 +11,7 @@ from stator.transport.client_stream import ClientStream
 from stator.transport.connection import TransportStats
 from stator.transport.inprocess import InProcessCarrier, InProcessNetwork
 from stator.transport.pool import ConnectionPool, SocketAddress
-from stator.transport.refusals import stale_instance, wrong_namespace
+from stator.transport.refusals import HUB_ROLE, stale_instance, wrong_namespace
 from stator.transport.server_call import deadline_passed
 from stator.transport.settings import Identity, TransportSettings
 
@@ -103,9 +103,9 @@ class RequestPlaneClient:
         self._pool.open(stream, target, sockets, request)
 
     def _refusal(self, server: InProcessCarrier, target: Target) -> StatorError | None:
-        ours, theirs = self._identity.namespace, server.identity.namespace
-        if ours != theirs:
-            return wrong_namespace(theirs, ours)
+        ours, theirs = self._identity.namespace, server.identity
+        if not theirs.takes(ours):
+            return wrong_namespace(theirs.namespace, ours, is_hub=theirs.role == HUB_ROLE)
         if target.instance_id is not None and target.instance_id != server.instance_id:
             return stale_instance(target.instance_id, server.instance_id)
         return None

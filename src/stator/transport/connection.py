@@ -235,7 +235,7 @@ class Connection(asyncio.Protocol):
         """Write what has been collected, then close; streams that are still open end with error."""
         self.flush()
         self._end(error)
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
             return
         if self.tls is not None and self.tls.established:
             self.tls.end()

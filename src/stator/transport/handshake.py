@@ -21,7 +21,7 @@ from stator.messages.control import (
     Refused,
 )
 from stator.transport.base import Lane
-from stator.transport.refusals import TOKEN_SOURCES, wrong_namespace
+from stator.transport.refusals import HUB_ROLE, TOKEN_SOURCES, wrong_namespace
 from stator.transport.settings import Identity
 
 CALLER = "caller"
@@ -48,10 +48,12 @@ def hello(identity: Identity, lane: Lane, nonce: bytes, max_frame_bytes: int) ->
     )
 
 
-def challenge(identity: Identity, instance_id: str, nonce: bytes, max_frame_bytes: int) -> Challenge:
-    return Challenge(
-        MAJOR_VERSION, MINOR_VERSION, identity.role, identity.namespace, instance_id, nonce, max_frame_bytes
-    )
+def challenge(
+    identity: Identity, instance_id: str, nonce: bytes, max_frame_bytes: int, *, namespace: str | None = None
+) -> Challenge:
+    """namespace: the one that the connection is for, if the server takes callers of several."""
+    namespace = identity.namespace if namespace is None else namespace
+    return Challenge(MAJOR_VERSION, MINOR_VERSION, identity.role, namespace, instance_id, nonce, max_frame_bytes)
 
 
 def proof(token: str, side: str, first: Hello, answer: Challenge) -> bytes:
@@ -104,8 +106,8 @@ def decode(frame: memoryview) -> HandshakeFrame:
 
 
 def check_namespace(identity: Identity, first: Hello) -> None:
-    if first.namespace != identity.namespace:
-        raise wrong_namespace(identity.namespace, first.namespace)
+    if not identity.takes(first.namespace):
+        raise wrong_namespace(identity.namespace, first.namespace, is_hub=identity.role == HUB_ROLE)
 
 
 def check_challenge(identity: Identity, answer: Challenge) -> None:

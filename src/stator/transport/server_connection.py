@@ -95,7 +95,13 @@ class ServerConnection(Connection):
             self._hello = handshake.decode_first(frame)
             handshake.check_namespace(identity, self._hello)
             self.limit = self.settings.frame_limit(Lane(self._hello.lane))
-            self._challenge = handshake.challenge(identity, self._dispatcher.instance_id, self._new_nonce(), self.limit)
+            self._challenge = handshake.challenge(
+                identity,
+                self._dispatcher.instance_id,
+                self._new_nonce(),
+                self.limit,
+                namespace=self._hello.namespace,
+            )
             self.send(self._challenge)
             return
         message = handshake.decode(frame)

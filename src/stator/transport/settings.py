@@ -67,6 +67,7 @@ class Identity:
 
     Without a token nothing crosses a socket; calls in process need none. role: for the peers' logs. tls: over TCP, with
     this certificate; None: in plain text. Unix sockets have none, since the system says who may connect.
+    guests: other namespaces whose callers a server takes as well, if they prove the same token: a hub's.
     """
 
     namespace: str = "stator"
@@ -74,6 +75,11 @@ class Identity:
     role: str = ""
     token: str | None = field(default=None, repr=False)
     tls: NodeTls | None = None
+    guests: frozenset[str] = frozenset()
+
+    def takes(self, namespace: str) -> bool:
+        """Whether a server of this identity lets callers of that namespace in."""
+        return namespace == self.namespace or namespace in self.guests
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,25 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from output_samples import calls, content, parser, reasoning, run
 
-from stator.core.structured import ChoiceOutput, GrammarOutput, JsonOutput, RegexOutput, as_node
 from stator.core.tools.base import ToolSet
 from stator.core.tools.forced import constrained_answer, force
-from stator.core.tools.grammar import (
-    NOTHING,
-    Choice,
-    Json,
-    Literal,
-    Node,
-    Regex,
-    Repeat,
-    Sequence,
-    TextUntil,
-    optional,
-    to_lark,
-    to_structural_tag,
-)
+from stator.core.tools.grammar import NOTHING, optional, to_lark, to_structural_tag
 from stator.core.tools.registry import TOOL_FORMATS, make_parser, reasoning_format, tool_format
 from stator.errors import StatorError
+from stator.messages.grammar import Choice, Json, Literal, Node, Regex, Repeat, Sequence, TextUntil
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -122,17 +109,19 @@ def test_what_the_grammar_allows_the_parser_reads_as_calls(
 
 def test_the_grammar_of_one_named_function() -> None:
     node = force(tool_format("hermes").styles, TOOLS, ["ping"], parallel=False)
+    spaced = '"x-guidance": {"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "}'
     assert to_lark(node).splitlines() == [
         "%llguidance {}",
         "start: r0",
         'r1: "<tool_call>\\n{\\"name\\": \\"ping\\", \\"arguments\\": "',
-        'r2: %json {"type": "object", "properties": {}}',
+        f'r2: %json {{"type": "object", "properties": {{}}, "additionalProperties": false, {spaced}}}',
         'r3: "}\\n</tool_call>"',
         "r0: r1 r2 r3",
     ]
     assert to_structural_tag(node)["format"]["elements"][1] == {
         "type": "json_schema",
-        "json_schema": {"type": "object", "properties": {}},
+        "json_schema": {"type": "object", "properties": {}, "additionalProperties": False},
+        "max_whitespace_cnt": 16,
     }
 
 
@@ -180,18 +169,15 @@ def test_reasoning_of_a_sample_is_read_back() -> None:
 
 
 def test_a_constrained_answer_comes_behind_free_reasoning() -> None:
-    answer = as_node(JsonOutput({"type": "object"}))
-    assert answer is not None
+    answer = Json({"type": "object"})
     assert constrained_answer(answer) is answer
     assert to_lark(constrained_answer(answer, reasoning=THINK, is_open=True)).count("[lazy]") == 1
     final = constrained_answer(answer, is_harmony=True)
     assert isinstance(final, Sequence) and final.parts[1] == Literal("<|channel|>final<|message|>")
-    assert as_node(GrammarOutput("x")) is None
 
 
 def test_a_regular_expression_and_a_choice() -> None:
-    pattern, choice = as_node(RegexOutput("a/b\\/c\nd")), as_node(ChoiceOutput(("a", 'b"')))
-    assert pattern is not None and choice is not None
+    pattern, choice = Regex("a/b\\/c\nd"), Choice((Literal("a"), Literal('b"')))
     assert "start: /a\\/b\\/c\\nd/" in to_lark(pattern)
     assert to_structural_tag(pattern)["format"] == {"type": "regex", "pattern": "a/b\\/c\nd"}
     assert to_lark(choice).splitlines()[1:] == ["start: r0 | r1", 'r0: "a"', 'r1: "b\\""']

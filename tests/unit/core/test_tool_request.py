@@ -5,18 +5,13 @@ import pytest
 
 from stator.core.json_schema import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, check_schema
 from stator.core.structured import (
-    ANY_OBJECT,
-    ChoiceOutput,
-    Constraint,
-    GrammarOutput,
-    JsonOutput,
-    RegexOutput,
     normalize_response_format,
     normalize_structured_outputs,
-    one_constraint,
+    one_grammar,
 )
 from stator.core.tools.request import MAX_TOOLS, NO_TOOLS, CallMode, ToolRequest, normalize_tools
 from stator.errors import ErrorCode, StatorError
+from stator.messages.grammar import Choice, Grammar, Json, Literal, OwnGrammar, Regex
 from stator.messages.tools import ResponseFormat, StructuredOutputs, Tool, ToolChoice
 
 
@@ -145,17 +140,15 @@ def test_a_choice_of_another_shape_does_not_decode(choice: Any) -> None:
         normalized([tool()], choice)
 
 
-def response_format(value: Any) -> Constraint | None:
+def response_format(value: Any) -> Grammar | None:
     return normalize_response_format(msgspec.convert(value, ResponseFormat | None))
 
 
 def test_response_formats() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     assert response_format(None) is response_format({"type": "text"}) is None
-    assert response_format({"type": "json_object"}) == JsonOutput(ANY_OBJECT)
-    assert response_format({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}) == JsonOutput(
-        schema
-    )
+    assert response_format({"type": "json_object"}) == Json({"type": "object"})
+    assert response_format({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}) == Json(schema)
 
 
 @pytest.mark.parametrize(
@@ -175,12 +168,14 @@ def test_response_formats_that_are_refused(json_schema: Any, param: str) -> None
 
 def test_structured_outputs() -> None:
     assert normalize_structured_outputs(None) is None
-    assert normalize_structured_outputs(StructuredOutputs(json={})) == JsonOutput({})
-    assert normalize_structured_outputs(StructuredOutputs(json='{"type": "object"}')) == JsonOutput(ANY_OBJECT)
-    assert normalize_structured_outputs(StructuredOutputs(json_object=True)) == JsonOutput(ANY_OBJECT)
-    assert normalize_structured_outputs(StructuredOutputs(regex="a+")) == RegexOutput("a+")
-    assert normalize_structured_outputs(StructuredOutputs(choice=["b", "a", "b"])) == ChoiceOutput(("b", "a"))
-    assert normalize_structured_outputs(StructuredOutputs(grammar="root ::= x")) == GrammarOutput("root ::= x")
+    assert normalize_structured_outputs(StructuredOutputs(json={})) == Json({})
+    assert normalize_structured_outputs(StructuredOutputs(json='{"type": "object"}')) == Json({"type": "object"})
+    assert normalize_structured_outputs(StructuredOutputs(json_object=True)) == Json({"type": "object"})
+    assert normalize_structured_outputs(StructuredOutputs(regex="a+")) == Regex("a+")
+    assert normalize_structured_outputs(StructuredOutputs(choice=["b", "a", "b"])) == Choice(
+        (Literal("b"), Literal("a"))
+    )
+    assert normalize_structured_outputs(StructuredOutputs(grammar="root ::= x")) == OwnGrammar("root ::= x")
 
 
 @pytest.mark.parametrize(
@@ -205,9 +200,9 @@ def test_structured_outputs_that_are_refused(asked: StructuredOutputs, param: st
     assert caught.value.param == param
 
 
-def test_one_constraint_a_request() -> None:
-    constraint = RegexOutput("a")
-    assert one_constraint(None, None) is None
-    assert one_constraint(constraint, None) is one_constraint(None, constraint) is constraint
+def test_one_grammar_a_request() -> None:
+    constraint = Regex("a")
+    assert one_grammar(None, None) is None
+    assert one_grammar(constraint, None) is one_grammar(None, constraint) is constraint
     with pytest.raises(StatorError, match="together"):
-        one_constraint(constraint, constraint)
+        one_grammar(constraint, constraint)

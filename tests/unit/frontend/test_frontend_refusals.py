@@ -21,6 +21,10 @@ from stator.transport import Call
 CHAT_PATH = "/v1/chat/completions"
 
 
+def tool(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -40,8 +44,8 @@ CHAT_PATH = "/v1/chat/completions"
         (chat_body(seed=2**63), "seed", "9223372036854775807"),
         (chat_body(stop=[1]), "stop[0]", "`int`"),
         (chat_body(stream_options={"include_usage": True}), "stream_options", "stream"),
-        (chat_body(tools=[{"a": 2**70}]), "tools", "64 bits"),
-        (chat_body(tools=[{"a": json.loads("[" * 80 + "]" * 80)}]), "tools", "deep"),
+        (chat_body(tools=[tool({"a": 2**70})]), "tools[0].function.parameters", "64 bits"),
+        (chat_body(tools=[tool(json.loads('{"a":' * 80 + "1" + "}" * 80))]), "tools[0].function.parameters", "deep"),
         (b'{"model": ' + b"[" * 200_000, "model", "`array`"),
         (b'{"extension": ' + b"[" * 200_000, None, "nested too deeply"),
     ],

@@ -82,11 +82,11 @@ def test_what_passes(fields: dict[str, object]):
 
 
 _ASKS: dict[str, Any] = {
-    "service_tier": "flex", "store": True, "tools": [{"type": "function"}], "tool_choice": "required",
-    "functions": [{"name": "f"}], "function_call": {"name": "f"}, "response_format": {"type": "json_object"},
-    "modalities": ["text", "audio"], "audio": {"voice": "x"}, "reasoning_effort": "high", "verbosity": "low",
+    "service_tier": "flex", "store": True, "functions": [{"name": "f"}], "function_call": {"name": "f"},
+    "modalities": ["text", "audio"], "audio": {"voice": "x"}, "verbosity": "low",
     "prediction": {"type": "content", "content": "x"}, "moderation": {"model": "m"}, "web_search_options": {},
     "prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "explicit"}, "best_of": 2, "suffix": "x",
+    "guided_json": {"type": "object"}, "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "root ::= x",
 }  # fmt: skip
 
 

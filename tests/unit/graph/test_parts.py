@@ -213,6 +213,18 @@ def test_what_is_printed_can_be_pasted() -> None:
     assert "    stator serve a:W '--W.x=a b' --join 10.0.0.1:7440 --namespace other\n" in text
 
 
+def test_who_may_join_for_this_frontend_is_told_how() -> None:
+    text = banner.format_guests(["b", "c"], "graphs.agg:Processor", ("10.0.0.1", 7440), Path("/a.token"))
+    command = "stator serve graphs.agg:Processor -f CONFIG"
+    assert f"    {command} --join 10.0.0.1:7440 --token-file /a.token --namespace b\n" in text
+    assert text.endswith("--namespace c")
+    # The token is read from etcd, or set in the environment.
+    assert banner.format_guests(["b"], "graphs.agg:Processor", None, Path("/a.token")).endswith(
+        f"    {command} --namespace b"
+    )
+    assert banner.format_guests([], "graphs.agg:Processor", None, None) == ""
+
+
 def test_nodes_without_a_hub_are_told_what_to_export() -> None:
     line = banner.JoinLine("PrefillWorker", ("stator", "serve", "components.prefill_worker:PrefillWorker"))
     external = ExternalPlanes(

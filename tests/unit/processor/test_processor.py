@@ -11,6 +11,7 @@ from stator.errors import Ending, ErrorCode, StatorError
 from stator.messages.engine import EngineRequest, FinishReason, TokenDelta
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from stator.messages.tokens import TokenBuffer, num_tokens, unpack
+from stator.messages.tools import Tool
 
 from .harness import Harness, answer_with, harness
 
@@ -410,7 +411,7 @@ def test_refusals_reach_the_caller_with_code_and_field() -> None:
         ("chat", ChatCompletionRequest(model="gpt", messages=[]), ErrorCode.MODEL_NOT_FOUND, "model"),
         ("chat", ChatCompletionRequest(model="tiny", messages=[]), ErrorCode.INVALID_REQUEST, "messages"),
         ("chat", chat(n=129), ErrorCode.INVALID_REQUEST, "n"),
-        ("chat", chat(tools=[{"type": "function"}]), ErrorCode.UNSUPPORTED, "tools"),
+        ("chat", chat(tools=[Tool("retrieval")]), ErrorCode.UNSUPPORTED, "tools[0].type"),
         ("chat", chat(temperature=3.0), ErrorCode.INVALID_REQUEST, "temperature"),
         ("completions", completion(""), ErrorCode.INVALID_REQUEST, "prompt"),
         ("completions", completion(["a", ""]), ErrorCode.INVALID_REQUEST, "prompt"),

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from stator.config.authority import issue, make_authority
 from stator.config.node_tls import DIR, VERIFY, NodeTls, node_tls
@@ -81,6 +82,28 @@ def ask(server_tls: NodeTls | None, client_tls: NodeTls | None, *, name: str = H
 
 def test_two_nodes_of_one_authority(files: Files) -> None:
     assert ask(files.node(HOST), files.node("another")) == "hello"
+
+
+def test_closing_a_connection_that_is_gone_is_no_error(files: Files) -> None:
+    """A server that closes meets connections whose loss it has not handled yet; uvloop does not take their writes."""
+    tls = files.node(HOST)
+
+    async def scene() -> None:
+        server = RequestPlaneServer(identity(tls), Listen(host=HOST))
+        server.register(Endpoint("echo", str, echo))
+        await server.start()
+        client = RequestPlaneClient(identity(tls))
+        context = CallContext(RequestId("r"), loop_time() + 10)
+        try:
+            await calls.call(client, Target(server.addresses, "echo"), "hello", context=context, item_type=str)
+            (connection,) = server._connections
+            await client.close()
+            await connection.closed
+            connection.shut_down()
+        finally:
+            await server.close()
+
+    uvloop.run(scene())
 
 
 def test_the_token_is_asked_for_as_well(files: Files) -> None:

@@ -16,19 +16,10 @@ import msgspec
 from stator.core.reasoning.tags import TagFormat
 from stator.core.tools import deepseek, harmony, hermes, mistral, qwen_xml
 from stator.core.tools.base import ToolSet
-from stator.core.tools.grammar import (
-    NOTHING,
-    Choice,
-    Json,
-    Literal,
-    Node,
-    Repeat,
-    Sequence,
-    TextUntil,
-    optional,
-)
+from stator.core.tools.grammar import NOTHING, optional
 from stator.core.tools.schema_types import Schema, allowed_types, property_schema
 from stator.errors import ErrorCode, StatorError
+from stator.messages.grammar import Choice, Json, Literal, Node, Repeat, Sequence, TextUntil
 
 
 class Arguments(Enum):
@@ -40,6 +31,7 @@ class Arguments(Enum):
 MAX_COPIED_BYTES = 1 << 20
 MAX_PARAMETERS = 256
 MAX_LEADING = 16
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _NAME = "NAME"
 _XML_NAME = re.compile(r"[^<>\n]+")
 _PYTHON_NAME = re.compile(r"\w+")
@@ -151,10 +143,10 @@ def _tagged_thinking(reasoning: TagFormat | None, *, is_open: bool) -> Node:
 
 
 def _call(style: Style, name: str, parameters: Mapping[str, Any] | None) -> Node:
-    schema = parameters or {"type": "object", "properties": {}}
+    schema = parameters or _NO_PARAMETERS
     match style.arguments:
         case Arguments.JSON:
-            arguments: Node = Json(schema)
+            arguments: Node = Json(dict(schema))
         case Arguments.XML:
             arguments = _xml_arguments(schema)
         case Arguments.PYTHON:
@@ -210,7 +202,7 @@ def _xml_value(resolved: Schema | None, own: Schema, root: Schema) -> Node:
     types = allowed_types(resolved, root)
     if not types or "string" in types:
         return TextUntil(ending)
-    return Sequence((Json(own), Literal(ending)))
+    return Sequence((Json(dict(own)), Literal(ending)))
 
 
 def _python_arguments(schema: Schema) -> Node:
@@ -221,7 +213,7 @@ def _python_arguments(schema: Schema) -> Node:
     parameters = _parameters(schema, _PYTHON_NAME)
     if not parameters:
         return NOTHING
-    nodes = [Sequence((Literal(f"{name}="), Json(own))) for name, _, own in parameters]
+    nodes = [Sequence((Literal(f"{name}="), Json(dict(own)))) for name, _, own in parameters]
     following: list[Node] = []
     for (_, required, _), node in zip(parameters, nodes, strict=True):
         behind_another = Sequence((Literal(", "), node))

@@ -1,4 +1,4 @@
-"""What must be generated, as a tree that says nothing of any grammar backend, and its spelling for two of them.
+"""Trees of `messages.grammar` in the words of two grammar backends.
 
 `to_lark` is what llguidance reads, `to_structural_tag` xgrammar (vLLM's `structural_tag`). A tree's nodes may be
 shared; llguidance gets one rule for each.
@@ -7,59 +7,9 @@ shared; llguidance gets one rule for each.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class Literal:
-    """Exactly this text. Special tokens of the model that occur in it are meant as tokens."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Json:
-    """A JSON value that the schema describes."""
-
-    schema: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Regex:
-    """Text that the pattern matches as a whole; the dialect is the backend's."""
-
-    pattern: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextUntil:
-    """Any text up to the first occurrence of `end`, and that."""
-
-    end: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    parts: "tuple[Node, ...]"
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One of the options. The empty Sequence is one of them where nothing is right too."""
-
-    options: "tuple[Node, ...]"
-
-
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    """The item once or more, with the separator between."""
-
-    item: "Node"
-    separator: str
-
-
-Node = Literal | Json | Regex | TextUntil | Sequence | Choice | Repeat
+from stator.messages.grammar import Choice, Json, Literal, Node, Regex, Repeat, Sequence, TextUntil
 
 NOTHING = Sequence(())
 
@@ -109,7 +59,7 @@ class _Lark:
             case Literal(text):
                 return self._literal(text)
             case Json(schema):
-                return f"%json {json.dumps(schema)}"
+                return f"%json {json.dumps({**schema, **_SPACED_AS_TRAINED})}"
             case Regex(pattern):
                 return f"/{_SLASH.sub(_escaped_slash, pattern)}/"
             case TextUntil(end) if self._is_token(end):
@@ -130,6 +80,9 @@ class _Lark:
         return " ".join(spelled) or '""'
 
 
+_SPACED_AS_TRAINED = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+"""As models write JSON. Where any white space is right, a small one may write nothing else until its last token."""
+
 _SLASH = re.compile(r"\\.|/|\n", re.DOTALL)
 
 
@@ -140,6 +93,10 @@ def _escaped_slash(found: re.Match[str]) -> str:
 def _in_slashes(text: str) -> str:
     """As a regular expression of Rust's kind, in which an escaped angle bracket is something else."""
     return re.sub(r"[.^$*+?{}\[\]\\|()/]", r"\\\g<0>", text).replace("\n", "\\n")
+
+
+MAX_WHITESPACE_CHARS = 16
+"""Between two parts of a JSON value: room for a line break and an indent, not for an output of nothing else."""
 
 
 def to_structural_tag(node: Node, special_tokens: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -158,7 +115,7 @@ def _format(node: Node, special_tokens: Mapping[str, int]) -> dict[str, Any]:
                 ]
             )
         case Json(schema):
-            return {"type": "json_schema", "json_schema": dict(schema)}
+            return {"type": "json_schema", "json_schema": dict(schema), "max_whitespace_cnt": MAX_WHITESPACE_CHARS}
         case Regex(pattern):
             return {"type": "regex", "pattern": pattern}
         case TextUntil(end):

@@ -19,7 +19,9 @@ from stator.core.sequence_limits import computes_whole_prompt, lacks
 from stator.engines.base import EngineHost, KvListener
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.capacity import scheduler_config
+from stator.engines.local.compiling import Compiling
 from stator.engines.local.executor import ExecutorFactory
+from stator.engines.local.grammar import TokenGrammar
 from stator.engines.local.runner import Chunk, ChunkScores, Runner, SampleSpec, export_blocks
 from stator.engines.local.scores import score_spec
 from stator.engines.local.transfer import CONNECTOR, TransferParams, as_dict, parse_transfer
@@ -71,6 +73,7 @@ class _Stream:
     started: bool = False
     prompt_ids: list[int] | None = None
     prompt_scores: list[TokenScore] = field(default_factory=list[TokenScore])
+    grammar: TokenGrammar | None = None
 
 
 class LocalEngine:
@@ -126,6 +129,7 @@ class LocalEngine:
             enable_prefix_caching=args.enable_prefix_caching,
         )
         self._scheduler = Scheduler(config, self._blocks)
+        self._compiling = Compiling(self._runner.grammars, self._add, end_sink)
         self._server = BlockServer(
             blocks_of=self._scheduler.held_blocks,
             free=self._free_held,
@@ -144,6 +148,15 @@ class LocalEngine:
         if (error := self._refusal(request)) is not None:
             asyncio.get_running_loop().call_soon(end_sink, sink, error)
             return
+        if request.sampling.grammar is None:
+            self._add(request, sink, None)
+            return
+        try:
+            self._compiling.begin(request, sink)
+        except StatorError as error:
+            self._loop.call_soon(end_sink, sink, error)
+
+    def _add(self, request: EngineRequest, sink: Sink, grammar: TokenGrammar | None) -> None:
         reason = self._scheduler.finished_on_arrival(request)
         if reason is not None:
             self._loop.call_soon(push_last, sink, TokenDelta([], reason, 0))
@@ -153,7 +166,7 @@ class LocalEngine:
         if computes_whole_prompt(request.sampling):
             num_fetchable = 0
         sequence = self._scheduler.add(request, seed=self._seed_of(request.sampling), num_fetchable=num_fetchable)
-        self._streams[request.request_id] = _Stream(sink, sequence, transfer)
+        self._streams[request.request_id] = _Stream(sink, sequence, transfer, grammar=grammar)
         self._wake.set()
 
     def prefill(self, request: EngineRequest, sink: Sink) -> None:
@@ -166,11 +179,14 @@ class LocalEngine:
         self._wake.set()
 
     def abort(self, request_id: RequestId) -> None:
+        error = StatorError(ErrorCode.CANCELLED, "the request was cancelled")
+        if (sink := self._compiling.cancel(request_id)) is not None:
+            self._loop.call_soon(end_sink, sink, error)
+            return
         stream = self._streams.pop(request_id, None)
         if stream is None:
             return
         self._drop(stream)
-        error = StatorError(ErrorCode.CANCELLED, "the request was cancelled")
         # Not from inside the caller's call, which may be in the midst of a change of its own.
         self._loop.call_soon(end_sink, stream.sink, error)
         self._wake.set()
@@ -221,6 +237,7 @@ class LocalEngine:
             await asyncio.wait([self._steps])
             await self._server.close()
             await self._tasks.close()
+            await self._compiling.close()
             await self._executor.close()
             self._publish_kv()
             self._listeners.clear()
@@ -334,12 +351,17 @@ class LocalEngine:
     def _sample_spec(self, sequence: LiveSequence) -> SampleSpec:
         params = sequence.request.sampling
         prompt_ids = output_ids = None
+        stream = self._streams[sequence.request_id]
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
-            stream = self._streams[sequence.request_id]
             if stream.prompt_ids is None:
                 stream.prompt_ids = unpack(sequence.request.prompt_ids)
             prompt_ids, output_ids = stream.prompt_ids, list(sequence.output_ids)
-        return SampleSpec(params, sequence.seed, sequence.num_tokens, len(sequence.output_ids), prompt_ids, output_ids)
+        elif stream.grammar is not None:
+            output_ids = list(sequence.output_ids)
+        num_output = len(sequence.output_ids)
+        return SampleSpec(
+            params, sequence.seed, sequence.num_tokens, num_output, prompt_ids, output_ids, stream.grammar
+        )
 
     def _start_fetch(self, sequence: LiveSequence) -> None:
         stream = self._streams[sequence.request_id]
@@ -400,7 +422,7 @@ class LocalEngine:
             return StatorError(ErrorCode.ENGINE_DEAD, "the engine has not been started")
         if self._ended is not None:
             return StatorError(self._ended.code, self._ended.message)
-        if request.request_id in self._streams:
+        if request.request_id in self._streams or request.request_id in self._compiling:
             message = f"request {request.request_id} is already running on this engine; use another request id"
             return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
         field = first_used(request.sampling, self._runner.cannot)
@@ -436,6 +458,8 @@ class LocalEngine:
     def _end_all(self, error: StatorError, suspects: Collection[LiveSequence] = ()) -> None:
         if self._ended is None:
             self._ended = error
+        for sink in self._compiling.cancel_all():
+            end_sink(sink, StatorError(error.code, error.message))
         streams = list(self._streams.values())
         self._streams.clear()
         for stream in streams:

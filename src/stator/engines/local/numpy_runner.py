@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from stator.engines.local.attention import KvCache, Span
 from stator.engines.local.forward import Decoder, Step
+from stator.engines.local.grammar import GrammarCompiler
 from stator.engines.local.model_config import ModelConfig, load_model_config
 from stator.engines.local.runner import Chunk, ChunkScores
 from stator.engines.local.sampler import sample_tokens
@@ -49,6 +50,9 @@ class NumpyRunner:
         self._decoder = Decoder(weights, config, block_size)
         self._caches = self._decoder.new_caches(num_blocks)
         self.fingerprint = _fingerprint(config, weights)
+        self.grammars: GrammarCompiler | None = GrammarCompiler(
+            path / "tokenizer.json", config.vocab_size, config.eos_token_ids
+        )
         self.scores: Mapping[int, ChunkScores] = {}
 
     @property

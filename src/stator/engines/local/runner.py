@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from stator.engines.local.grammar import GrammarCompiler, TokenGrammar
 from stator.messages.engine import SamplingParams, TokenScore
 
 
@@ -18,7 +19,7 @@ class SampleSpec:
 
     position: index of the token to be sampled among all tokens of the sequence (prompt, then output).
     num_output: output tokens so far (resumed ones included), against min_tokens.
-    prompt_ids / output_ids: for penalties; None when the request has none.
+    prompt_ids / output_ids: for penalties; None when the request has none. grammar: needs the output_ids too.
     """
 
     params: SamplingParams
@@ -27,6 +28,7 @@ class SampleSpec:
     num_output: int
     prompt_ids: Sequence[int] | None = None
     output_ids: Sequence[int] | None = None
+    grammar: TokenGrammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,9 @@ class Chunk:
 class Runner(Protocol):
     """Blocks are numbered 0 .. num_blocks - 1. Not thread-safe: one call at a time.
 
-    cannot: sampling fields that it does not have. scores: of the last step, by the index of the chunk, as far as asked
-    (`Chunk.score`, `SamplingParams.logprobs`); each step makes a new mapping.
+    cannot: sampling fields that it does not have. grammars: what compiles them; None if "grammar" is among those.
+    scores: of the last step, by the index of the chunk, as far as asked (`Chunk.score`, `SamplingParams.logprobs`);
+    each step makes a new mapping.
     """
 
     block_size: int
@@ -77,6 +80,7 @@ class Runner(Protocol):
     fingerprint: str
     kv_dtype: str
     cannot: tuple[str, ...]
+    grammars: GrammarCompiler | None
     scores: Mapping[int, ChunkScores]
 
     def step(self, chunks: Sequence[Chunk]) -> list[int | None]:

@@ -1,7 +1,7 @@
 """Picking the next token from logits.
 
-Semantics of the parameters and their order are vLLM's: allowed tokens, minimum tokens, bias, penalties, temperature,
-min_p, top_k, top_p.
+Semantics of the parameters and their order are vLLM's: allowed tokens, grammar, minimum tokens, bias, penalties,
+temperature, min_p, top_k, top_p.
 Randomness is one uniform number made from (seed, position) alone, so that a sequence that is continued elsewhere, or
 in another batch, draws the same tokens. Each row is computed on its own.
 """
@@ -45,11 +45,12 @@ def sample_tokens(logits: F32, specs: Sequence[SampleSpec], eos_token_ids: froze
 
 
 def adjust_logits(row: F32, spec: SampleSpec, eos_token_ids: frozenset[int]) -> None:
-    """Apply allowed_token_ids, min_tokens, logit_bias and penalties to one row in place.
+    """Apply allowed_token_ids, grammar, min_tokens, logit_bias and penalties to one row in place.
 
-    Ending tokens (the model's and the request's) are impossible until min_tokens were generated, `ignore_eos` or not.
-    Repetition divides positive and multiplies negative logits of tokens in prompt or output; frequency and presence
-    subtract, per occurrence and once, for tokens in the output.
+    Ending tokens (the model's and the request's) are impossible until min_tokens were generated, `ignore_eos` or not,
+    except where its grammar leaves an output nothing but to end. Repetition divides positive and multiplies negative
+    logits of tokens in prompt or output; frequency and presence subtract, per occurrence and once, for tokens in the
+    output.
     """
     params = spec.params
     if params.allowed_token_ids:
@@ -57,7 +58,8 @@ def adjust_logits(row: F32, spec: SampleSpec, eos_token_ids: frozenset[int]) -> 
         kept = row[allowed]
         row[:] = -np.inf
         row[allowed] = kept
-    if spec.num_output < params.min_tokens:
+    over = spec.grammar is not None and spec.grammar.restrict(row, spec.output_ids or ())
+    if spec.num_output < params.min_tokens and not over:
         row[_in_vocabulary([*eos_token_ids, *params.stop_token_ids], len(row))] = -np.inf
     for token_id, bias in params.logit_bias:
         row[token_id] += np.float32(bias)

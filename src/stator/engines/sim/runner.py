@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import xxhash
 
+from stator.engines.local.grammar import GrammarCompiler
 from stator.engines.local.runner import Chunk, ChunkScores, SampleSpec
 from stator.engines.sim.vocabulary import Vocabulary
 from stator.messages.engine import SamplingParams
@@ -28,7 +29,8 @@ class SimRunner:
     """
 
     kv_dtype = "token-ids"
-    cannot: tuple[str, ...] = ("logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids")
+    cannot: tuple[str, ...] = ("logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "grammar")
+    grammars: GrammarCompiler | None = None
     scores: Mapping[int, ChunkScores] = {}
 
     def __init__(

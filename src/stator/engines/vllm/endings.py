@@ -53,6 +53,11 @@ def is_death(error: Exception) -> bool:
     return type(error).__name__ == "EngineDeadError"
 
 
+def is_refusal(error: Exception) -> bool:
+    """vLLM found a parameter that it does not take, before anything was computed."""
+    return isinstance(error, ValueError) or any(base.__name__ == "VLLMClientError" for base in type(error).__mro__)
+
+
 def no_ending(reason: str, *, fetching: bool) -> StatorError:
     """vLLM's "abort" that nobody asked for, and its "error": KV blocks that did not come, if it may not recompute."""
     if reason == "error" and fetching:

@@ -26,7 +26,7 @@ from stator.engines.vllm import args as vllm_args
 from stator.engines.vllm import connectors
 from stator.engines.vllm import transfer as handover
 from stator.engines.vllm.args import VllmSettings
-from stator.engines.vllm.endings import StepRoom, in_last_step, is_death, no_ending
+from stator.engines.vllm.endings import StepRoom, in_last_step, is_death, is_refusal, no_ending
 from stator.engines.vllm.further_node import FurtherNode
 from stator.engines.vllm.holds import Holds
 from stator.engines.vllm.kv_feed import KvEventFeed, kv_events_settings
@@ -46,6 +46,7 @@ from stator.transport.base import Sink
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 10.0
+MAX_TOLD_CHARS = 300
 
 _FINISHED = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length": FinishReason.LENGTH}
 
@@ -292,7 +293,7 @@ class VllmEngine:
         except StatorError as error:
             self._fail(stream, error)
         except Exception as error:
-            if not is_death(error):
+            if not (is_death(error) or is_refusal(error)):
                 logger.exception("vLLM did not take request %s", stream.request.request_id)
             self._fail(stream, self._as_error(error, stream))
         if stream.ended and stream.core_id is not None:
@@ -301,7 +302,8 @@ class VllmEngine:
     async def _arguments(self, stream: _Stream) -> dict[str, Any]:
         if stream.transfer_id is not None:
             return prefill_arguments(handover.prefill_params(self._plan.name, stream.transfer_id))
-        arguments = sampling_arguments(stream.request)
+        assert self._llm is not None
+        arguments = sampling_arguments(stream.request, self._llm.special_tokens)
         if stream.transfer is not None:
             params = dict(stream.transfer.params)
             if await handover.peer_alive(params):
@@ -465,6 +467,9 @@ class VllmEngine:
             end_sink(stream.sink, error)
 
     def _as_error(self, error: Exception, stream: _Stream) -> StatorError:
+        if is_refusal(error) and stream.request.sampling.grammar is not None:
+            message = f"the form of the answer that was asked for cannot be used: {str(error)[:MAX_TOLD_CHARS]}"
+            return StatorError(ErrorCode.INVALID_REQUEST, message, param="grammar")
         if not is_death(error):
             return StatorError(ErrorCode.INTERNAL, f"{type(error).__name__} in vLLM: {error}")
         suspect = stream in self._suspects_of_death()

@@ -1,17 +1,25 @@
 """What vLLM is asked for, from an EngineRequest. No vLLM type appears here: these are keyword arguments."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from stator.core.tools.grammar import to_structural_tag
 from stator.messages.engine import EngineRequest, SamplingParams
+from stator.messages.grammar import Choice, Grammar, Json, Literal, OwnGrammar, Regex
 from stator.messages.tokens import num_tokens
 
-CANNOT_RESUME = ("seed", "presence_penalty", "frequency_penalty")
-"""vLLM takes resumed output for prompt: it draws from the seed's beginning, and penalties over output do not see it.
+CANNOT_RESUME = ("seed", "presence_penalty", "frequency_penalty", "grammar")
+"""vLLM takes resumed output for prompt: it draws from the seed's beginning, and penalties over output and grammars do
+not see it.
 The repetition penalty counts prompt and output alike."""
 
 
-def sampling_arguments(request: EngineRequest) -> dict[str, Any]:
-    """Keyword arguments of vLLM's SamplingParams, for the output that is left after resume_ids."""
+def sampling_arguments(request: EngineRequest, special_tokens: Mapping[str, int] = {}) -> dict[str, Any]:
+    """Keyword arguments of vLLM's SamplingParams, for the output that is left after resume_ids.
+
+    structured_outputs: those of vLLM's StructuredOutputsParams. special_tokens: the model's, text to id.
+    """
     sampling = request.sampling
     resumed = num_tokens(request.resume_ids)
     return {
@@ -31,8 +39,26 @@ def sampling_arguments(request: EngineRequest) -> dict[str, Any]:
         "prompt_logprobs": sampling.prompt_logprobs,
         "logit_bias": dict(sampling.logit_bias) or None,
         "allowed_token_ids": list(sampling.allowed_token_ids) or None,
+        "structured_outputs": None
+        if sampling.grammar is None
+        else structured_outputs(sampling.grammar, special_tokens),
         **_TEXT_IS_ELSEWHERE,
     }
+
+
+def structured_outputs(grammar: Grammar, special_tokens: Mapping[str, int]) -> dict[str, Any]:
+    """The plain forms by their own names, which every backend of vLLM has; trees as a structural tag, xgrammar's."""
+    match grammar:
+        case OwnGrammar(text):
+            return {"grammar": text}
+        case Json(schema):
+            return {"json": schema}
+        case Regex(pattern):
+            return {"regex": pattern}
+        case Choice(options) if all(isinstance(option, Literal) for option in options):
+            return {"choice": [option.text for option in options if isinstance(option, Literal)]}
+        case _:
+            return {"structural_tag": json.dumps(to_structural_tag(grammar, special_tokens))}
 
 
 def prefill_arguments(transfer: dict[str, Any]) -> dict[str, Any]:

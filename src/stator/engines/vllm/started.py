@@ -5,6 +5,7 @@ vLLM is not typed for us and may not be installed: its objects are Any here, and
 
 import asyncio
 import contextlib
+import functools
 import logging
 import multiprocessing
 import signal
@@ -169,8 +170,14 @@ class StartedVllm:
         with the id for `abort`, before the first of them."""
         from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
+            RequestOutputKind,
+            StructuredOutputsParams,
+        )
 
+        structured = sampling.pop("structured_outputs", None)
+        if structured is not None:
+            sampling["structured_outputs"] = StructuredOutputsParams(**structured)
         prompt = TokensPrompt(prompt_token_ids=token_ids)
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
@@ -190,6 +197,12 @@ class StartedVllm:
             early = error
         if early is not None:
             on_output(early)
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Text to id."""
+        added = getattr(self._llm.tokenizer, "added_tokens_decoder", {})
+        return {token.content: token_id for token_id, token in added.items() if token.special}
 
     async def abort(self, core_id: str) -> None:
         """Unknown ids are ignored."""

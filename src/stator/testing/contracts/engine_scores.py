@@ -7,6 +7,7 @@ from typing import Any
 from stator.core.resuming import first_used
 from stator.errors import ErrorCode
 from stator.messages.engine import SamplingParams, TokenScore
+from stator.messages.grammar import Choice, Literal
 from stator.testing.contracts.engine_suite import EngineSettings, EngineSuite, make_request
 from stator.testing.engine_bench import BenchEngine, RecordingSink
 
@@ -15,7 +16,10 @@ _FIELDS: dict[str, Any] = {
     "prompt_logprobs": 2,
     "logit_bias": ((5, 1.0),),
     "allowed_token_ids": (5, 6),
+    "grammar": Choice((Literal("yes"), Literal("no"))),
 }
+_ENDS = {"grammar"}
+"""An output with these ends by itself, with whatever is left of ignore_eos."""
 
 
 def output_scores(sink: RecordingSink) -> list[TokenScore]:
@@ -42,9 +46,11 @@ class EngineScoresContract(EngineSuite):
         async def scenario(one: BenchEngine, two: BenchEngine) -> None:
             assert set(one.info.cannot) <= set(SamplingParams.__struct_fields__)
             for field, value in _FIELDS.items():
-                sink = one.generate(make_request(field, self.prompt(5), **{field: value}))
+                fields: dict[str, Any] = {field: value, "ignore_eos": field not in _ENDS}
+                sink = one.generate(make_request(field, self.prompt(5), **fields))
                 if self.can(one, **{field: value}):
-                    assert len((await sink.wait()).token_ids) == 12
+                    num_tokens = len((await sink.wait()).token_ids)
+                    assert num_tokens < 12 if field in _ENDS else num_tokens == 12
                     continue
                 error = await sink.wait_error()
                 assert (error.code, error.param) == (ErrorCode.UNSUPPORTED, field)

@@ -352,6 +352,19 @@ async def refusals_name_their_reason(carrier: Carrier) -> None:
 
 
 @check
+async def guests_of_a_server_are_served_and_strangers_are_not(carrier: Carrier) -> None:
+    held = Held()
+    async with world(carrier) as made:
+        server = await made.serve({"run": held}, guests=["guest"])
+        for namespace in ("guest", made.identity.namespace):
+            welcome, _ = open_on(made.client(namespace=namespace), server)
+            (await held.called(len(held.calls) + 1)).end()
+            assert await welcome.ended() is None
+        stranger, _ = open_on(made.client(namespace="other"), server)
+        assert await stranger.code() == ErrorCode.UNAUTHORIZED
+
+
+@check
 async def streams_are_bounded(carrier: Carrier) -> None:
     held = Held()
     async with world(carrier) as made:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -134,7 +134,13 @@ class World:
     clients: list[RequestPlaneClient]
 
     async def serve(
-        self, handlers: dict[str, Handler], *, request_type: Any = Any, instance: str = "server-1", **settings: Any
+        self,
+        handlers: dict[str, Handler],
+        *,
+        request_type: Any = Any,
+        instance: str = "server-1",
+        guests: Collection[str] = (),
+        **settings: Any,
     ) -> RequestPlaneServer:
         number = len(self.servers)
         listen = {
@@ -144,7 +150,7 @@ class World:
             Carrier.TLS: Listen(host="127.0.0.1"),
         }[self.carrier]
         server = RequestPlaneServer(
-            replace(self.identity, instance_id=InstanceId(instance)),
+            replace(self.identity, instance_id=InstanceId(instance), guests=frozenset(guests)),
             listen,
             network=self.network,
             settings=replace(self.settings, **settings),

@@ -43,11 +43,14 @@ class HeadsLoad:
 @dataclass(slots=True)
 class HeadsResult:
     """excess: requests that the fullest worker had beyond the mean, on average over the time in which there were any.
-    hit_rate: cached of all prompt tokens. mean_s: from a request to its end. lag_s: the largest that a router measured
-    of a peer; peer_bookings: the most that one counted at a time."""
+    crowded: requests of a burst beyond an even share of it, at the workers that got more, mean over the bursts; in sums
+    over the whole run herds at several workers look even. hit_rate: cached of all prompt tokens. mean_s: from a request
+    to its end. lag_s: the largest that a router measured of a peer; peer_bookings: the most that one counted at a
+    time."""
 
     num_answers: int = 0
     excess: float = 0.0
+    crowded: float = 0.0
     hit_rate: float = 0.0
     mean_s: float = 0.0
     lag_s: float = 0.0
@@ -101,12 +104,16 @@ async def _course(cluster: Cluster, rng: Random, load: HeadsLoad, result: HeadsR
     frontends = cluster.of_kind("Frontend")
     clients: list[asyncio.Task[Answer]] = []
     looking = cluster.loop.create_task(_look(cluster, result))
+    even_share = -(-load.burst // load.num_workers)
     for _ in range(load.num_bursts):
         for number in range(load.burst):
             prompt = f"{rng.choice(documents)} {_words(rng, 4)}"
             host = frontends[number % len(frontends)].host
             clients.append(cluster.client_node.spawn(_ask(host, prompt, load.max_tokens, rng.random() * 0.02)))
+        before = _served(cluster)
         await asyncio.sleep(load.burst_every_s)
+        taken = (after - then for after, then in zip(_served(cluster), before, strict=True))
+        result.crowded += sum(max(0, num - even_share) for num in taken) / load.num_bursts
     answers = await asyncio.gather(*clients)
     looking.cancel()
     _sum_up(cluster, answers, result)
@@ -144,8 +151,13 @@ def _sum_up(cluster: Cluster, answers: Sequence[Answer], result: HeadsResult) ->
     cached = sum((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) for usage in usages)
     result.hit_rate = cached / sum(usage["prompt_tokens"] for usage in usages)
     result.mean_s = sum((a.ended_at or 0.0) - a.started_at for a in good) / len(good)
+    result.by_worker = _served(cluster)
+
+
+def _served(cluster: Cluster) -> list[int]:
+    """Requests that each worker has taken."""
     workers = [p.component("VllmWorker") for p in cluster.of_kind("VllmWorker")]
-    result.by_worker = [sum(w.requests.report().prefills.values()) for w in workers]
+    return [sum(w.requests.report().prefills.values()) for w in workers]
 
 
 def _words(rng: Random, num: int) -> str:
