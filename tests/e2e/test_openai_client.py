@@ -1,6 +1,8 @@
 """OpenAI's own client, as its users write it, against a deployment with a decode and a prefill worker."""
 
 import asyncio
+import json
+import urllib.request
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -162,3 +164,24 @@ def test_parse_gives_the_arguments_of_forced_calls(client: openai.OpenAI) -> Non
         (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or ()
     assert "tool_calls.function.arguments.delta" in kinds and "tool_calls.function.arguments.done" in kinds
     assert isinstance(streamed.function.parsed_arguments, look)
+
+
+def test_tokens_are_counted_as_a_prompt_of_them_is(client: openai.OpenAI, head: Head) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    counted = post(head, "/tokenize", {"model": MODEL, "messages": messages})
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)  # type: ignore[arg-type]
+    assert answer.usage is not None and answer.usage.prompt_tokens == counted["count"] == len(counted["tokens"])
+    again = client.completions.create(model=MODEL, prompt=counted["tokens"], max_tokens=1)
+    assert again.usage is not None and again.usage.prompt_tokens == counted["count"]
+    assert QUESTION in post(head, "/detokenize", {"model": MODEL, "tokens": counted["tokens"]})["prompt"]
+
+
+def test_the_document_of_the_api_is_served(head: Head) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{head.port}/openapi.json", timeout=30) as answer:
+        assert json.load(answer)["paths"].keys() >= {"/v1/chat/completions", "/tokenize", "/detokenize"}
+
+
+def post(head: Head, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(f"http://127.0.0.1:{head.port}{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
