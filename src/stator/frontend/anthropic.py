@@ -302,15 +302,19 @@ _TYPES: dict[ErrorCode, tuple[str, int]] = {
 """Type and HTTP status of the failures that are told apart; the others are api_error, 500."""
 
 
+def type_and_status(code: ErrorCode) -> tuple[str, int]:
+    return _TYPES.get(code, (_API, 500))
+
+
 def _error(error: StatorError) -> Json:
-    return {"type": _TYPES.get(error.code, (_API, 500))[0], "message": error.message}
+    return {"type": type_and_status(error.code)[0], "message": error.message}
 
 
 def _error_body(error: StatorError, request_id: str) -> bytes:
     return _encode({"type": "error", "error": _error(error), "request_id": request_id})
 
 
-ANTHROPIC_ERRORS = ErrorForm(lambda error: _TYPES.get(error.code, (_API, 500))[1], _error_body, b"request-id")
+ANTHROPIC_ERRORS = ErrorForm(lambda error: type_and_status(error.code)[1], _error_body, b"request-id")
 
 
 @dataclass(frozen=True, slots=True)

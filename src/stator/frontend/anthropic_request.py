@@ -152,6 +152,8 @@ class _Turns:
 
 
 def _add_turn(turns: _Turns, message: api.Message, where: str) -> None:
+    if not message.content and not isinstance(message.content, str):
+        _refuse(f"{where}.content must not be empty", f"{where}.content")
     if isinstance(message.content, str):
         turns.add(ChatMessage(message.role, message.content), where)
     elif message.role == "assistant":
@@ -195,10 +197,8 @@ def _add_blocks(turns: _Turns, role: str, blocks: Iterable[api.Block], where: st
             turns.add(ChatMessage("system" if role == "system" else "user", _content(texts)), where)
             texts.clear()
 
-    any_block = False
     for index, block in enumerate(blocks):
         at = f"{where}.content[{index}]"
-        any_block = True
         match block:
             case api.TextBlock():
                 texts.append(block)
@@ -209,8 +209,6 @@ def _add_blocks(turns: _Turns, role: str, blocks: Iterable[api.Block], where: st
             case _:
                 _refuse(f"{at}.type: a block of this type does not belong into a turn of the {role}", f"{at}.type")
     add_texts()
-    if not any_block:
-        _refuse(f"{where}.content must not be empty", f"{where}.content")
 
 
 def _content(content: str | Iterable[api.TextBlock]) -> str | list[TextPart]:

@@ -5,21 +5,23 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
 from stator.errors import Ending, ErrorCode, StatorError
-from stator.frontend.decode import undeclared_fields
+from stator.frontend.decode import CHAT, undeclared_fields
 from stator.frontend.dialect import Asked, Dialect, StreamEncoder
 from stator.frontend.http import ClientGone, Headers, HttpExchange, Pipe, Receive, internal_error
 from stator.frontend.settings import FrontendSettings
 from stator.frontend.stream import DeltaStream, Write
+from stator.frontend.unary import Unary, not_served
 from stator.ids import RequestId
 from stator.messages.openai import ModelCard, Usage
 from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, CompletionDelta
 from stator.observability.metrics import OTHER, Metrics, Tally
 from stator.runtime.context import CallContext
 from stator.transport.base import Target, TransportClient
+from stator.transport.calls import call as call_once
 
 logger = logging.getLogger(__name__)
 access_log = logging.getLogger("stator.frontend.access")
@@ -45,6 +47,7 @@ class _Record:
     started: float
     model: str = OTHER
     streamed: bool = False
+    generates: bool = True
     num_tokens: int = 0
     first_token_at: float | None = None
     usage: Usage | None = None
@@ -120,16 +123,28 @@ class Generation:
             stream.fail(StatorError(ErrorCode.DRAINING, "The server stopped before this answer was complete."))
 
     async def handle(self, http: HttpExchange, dialect: Dialect) -> None:
+        """Serve an endpoint whose answers are made of a Processor's deltas."""
+        http.errors = dialect.errors
+        await self._handle(http, dialect.label, lambda record, loop: self._serve(http, dialect, record, loop))
+
+    async def handle_unary(self, http: HttpExchange, endpoint: str, unary: Unary) -> None:
+        """Serve one that answers with one item."""
+        await self._handle(http, endpoint, lambda record, loop: self._serve_unary(http, endpoint, record, unary))
+
+    async def _handle(
+        self,
+        http: HttpExchange,
+        label: str,
+        serve: Callable[[_Record, asyncio.AbstractEventLoop], Coroutine[None, None, None]],
+    ) -> None:
         loop = self._loop
         if loop is None:
             # Asking for the running loop is a system call on CPython 3.11.
             loop = self._loop = asyncio.get_running_loop()
-        label = dialect.label
-        http.errors = dialect.errors
         record = _Record(label, loop.time())
         self._enter(label)
         try:
-            await self._serve(http, dialect, record, loop)
+            await serve(record, loop)
         except ClientGone:
             self._metrics.counter("client_disconnects_total", label).inc()
         except StatorError as error:
@@ -144,7 +159,7 @@ class Generation:
             self._num_open[label] -= 1
             if not self.num_open:
                 self._none_open.set()
-            self._account(http, record, loop.time(), generates=dialect.generates)
+            self._account(http, record, loop.time())
 
     def _enter(self, endpoint: str) -> None:
         if endpoint not in self._num_open:
@@ -177,10 +192,11 @@ class Generation:
             logger.debug("request %s: fields that are not known are ignored: %r", http.call_id, ignored)
         record.model = self._label(request.model)
         record.streamed = asked.streams
+        record.generates = dialect.generates
         context = self._context(http, record.started)
         latencies = self._metrics.histogram("inter_token_latency_seconds", record.model, dialect.label)
         targets = self._serving(request.model)
-        target = self._target(targets, endpoint)
+        target = self._target(targets, endpoint, http.path)
         call = _Call(asked, context, latencies, loop)
         try:
             await self._answer(http, call, target, record)
@@ -190,6 +206,26 @@ class Generation:
                 raise self._of_all_models(asked.named(error), request.model) from None
             logger.warning("request %s goes to another Processor: %s", http.call_id, error.message)
             await self._answer(http, call, other, record)
+
+    async def _serve_unary(self, http: HttpExchange, endpoint: str, record: _Record, unary: Unary) -> None:
+        self._admit()
+        body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
+        request = unary.request(body, self._models, http.call_id)
+        record.model = self._label(request.model or OTHER)
+        context = self._context(http, record.started)
+        targets = self._serving(request.model)
+        target = self._target(targets, endpoint, http.path)
+        try:
+            item = await call_once(self._client, target, request, context=context, item_type=unary.item_type)
+        except StatorError as error:
+            if error.code is ErrorCode.NOT_FOUND:
+                raise not_served(http.path) from error
+            other = self._target_after(error, targets, endpoint, target)
+            if other is None:
+                raise self._of_all_models(error, request.model or "") from None
+            item = await call_once(self._client, other, request, context=context, item_type=unary.item_type)
+        record.status, record.ending = 200, Ending.STOP
+        await http.respond(200, unary.encode(item))
 
     async def _answer(self, http: HttpExchange, call: "_Call", target: Target, record: _Record) -> None:
         settings = self._settings
@@ -238,9 +274,11 @@ class Generation:
         """None: a request that names no model goes to our own namespace."""
         return self._targets if self._of_model is None or model is None else self._of_model(model)
 
-    def _target(self, serving: Targets, endpoint: str) -> Target:
+    def _target(self, serving: Targets, endpoint: str, path: str) -> Target:
         targets = serving(endpoint)
         if not targets:
+            if endpoint != CHAT and serving(CHAT):
+                raise not_served(path)
             raise StatorError(ErrorCode.NO_INSTANCE, "No Processor is ready to take the request.", retry_after_s=1.0)
         self._turn += 1
         return targets[self._turn % len(targets)]
@@ -311,7 +349,7 @@ class Generation:
         usage = _finish(record, last, may_be_empty=asked.may_be_empty)
         await http.respond(200, answer.encode(usage), headers=explanation)
 
-    def _account(self, http: HttpExchange, record: _Record, now: float, *, generates: bool) -> None:
+    def _account(self, http: HttpExchange, record: _Record, now: float) -> None:
         metrics, labels = self._metrics, (record.model, record.endpoint)
         metrics.counter("requests_total", *labels, str(record.status)).inc()
         metrics.histogram("request_duration_seconds", *labels).observe(now - record.started)
@@ -320,7 +358,7 @@ class Generation:
         if record.first_token_at is not None:
             metrics.histogram("time_to_first_token_seconds", *labels).observe(record.first_token_at - record.started)
         usage = record.usage
-        if usage is not None and generates:
+        if usage is not None and record.generates:
             metrics.histogram("request_input_tokens", *labels).observe(usage.prompt_tokens)
             metrics.histogram("request_output_tokens", *labels).observe(usage.completion_tokens)
             metrics.histogram("request_cached_tokens", *labels).observe(usage.prompt_tokens_details.cached_tokens)
@@ -353,6 +391,7 @@ def _explanation(first: CompletionDelta) -> Headers:
         (b"x-stator-instance", str(first.instance_id).encode("ascii", "replace")),
         (b"x-stator-overlap-blocks", b"%d" % (first.overlap_blocks or 0)),
         (b"x-stator-cost-ms", b"%.3f" % first.cost_ms),
+        (b"x-stator-phases", ", ".join(f"{name}={ms:.3f}" for name, ms in (first.phases_ms or {}).items()).encode()),
     )
 
 
