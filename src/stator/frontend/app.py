@@ -12,10 +12,10 @@ from typing import Any
 import stator
 from stator.errors import ErrorCode, StatorError
 from stator.frontend.decisions import DECISION_PREFIX, DecisionView
-from stator.frontend.decode import CHAT, COMPLETIONS
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
 from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
+from stator.frontend.openai_dialect import CHAT_DIALECT, COMPLETIONS_DIALECT
 from stator.frontend.settings import FrontendSettings
 from stator.messages.openai import ModelCard, ModelList
 from stator.observability.metrics import CONTENT_TYPE, Metrics
@@ -70,8 +70,8 @@ class FrontendApp:
         )
         self._explain = DecisionView(client, targets if everywhere is None else everywhere)
         self._routes: dict[str, tuple[str, Respond]] = {
-            "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT)),
-            "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS)),
+            "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT_DIALECT)),
+            "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS_DIALECT)),
             "/v1/models": ("GET", self._list_models),
             "/health": ("GET", self._report_health),
             "/live": ("GET", self._report_live),

@@ -53,7 +53,7 @@ def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | Comple
     return request
 
 
-def undeclared_fields(request: ChatCompletionRequest | CompletionRequest, body: bytes) -> list[str]:
+def undeclared_fields(request: msgspec.Struct, body: bytes) -> list[str]:
     """Names of the fields of a body that was decoded which nothing here knows: other vendors' extensions, ignored."""
     names = [name for name in _DECODE_NAMES(body) if name not in request.__struct_fields__]
     return [name[:MAX_NAME_CHARS] for name in names[:MAX_NAMED_FIELDS]]
