@@ -16,6 +16,10 @@ from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
 from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
 from stator.frontend.openai_dialect import CHAT_DIALECT, COMPLETIONS_DIALECT
+from stator.frontend.response_store import ResponseKeeper
+from stator.frontend.responses import PATH as RESPONSES_PATH
+from stator.frontend.responses import PREFIX as RESPONSES_PREFIX
+from stator.frontend.responses import KeptResponses, ResponsesDialect
 from stator.frontend.settings import FrontendSettings
 from stator.messages.openai import ModelCard, ModelList
 from stator.observability.metrics import CONTENT_TYPE, Metrics
@@ -52,6 +56,7 @@ class FrontendApp:
         wall: Callable[[], float] = time.time,
         of_model: Callable[[str], Targets] | None = None,
         everywhere: Targets | None = None,
+        responses: ResponseKeeper | None = None,
     ) -> None:
         self._models = models
         self._health = health
@@ -69,9 +74,13 @@ class FrontendApp:
             of_model=of_model,
         )
         self._explain = DecisionView(client, targets if everywhere is None else everywhere)
+        keeper = ResponseKeeper(settings) if responses is None else responses
+        self._kept_responses = KeptResponses(keeper)
+        responses_dialect = ResponsesDialect(keeper, wall=wall)
         self._routes: dict[str, tuple[str, Respond]] = {
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT_DIALECT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS_DIALECT)),
+            RESPONSES_PATH: ("POST", lambda http: self.generation.handle(http, responses_dialect)),
             "/v1/models": ("GET", self._list_models),
             "/health": ("GET", self._report_health),
             "/live": ("GET", self._report_live),
@@ -99,6 +108,9 @@ class FrontendApp:
         return "GET" if any(path.startswith(p) and path != p for p in (MODEL_PREFIX, DECISION_PREFIX)) else None
 
     async def _route(self, http: HttpExchange) -> None:
+        if http.path.startswith(RESPONSES_PREFIX):
+            await self._kept_responses.handle(http)
+            return
         method = self._method_of(http.path)
         if method is None:
             raise StatorError(ErrorCode.NOT_FOUND, f"There is nothing at {_echo(http.path)}.")

@@ -2,7 +2,8 @@
 
 import operator
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -35,22 +36,29 @@ MAX_NAME_CHARS = 64
 
 _FREE_FORM_VALUES = operator.attrgetter(*_FREE_FORM)
 
+_T = TypeVar("_T")
+
 
 def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | CompletionRequest:
     """endpoint: CHAT or COMPLETIONS. Raises StatorError(INVALID_REQUEST), with the field in `param` if one is at
     fault and the byte in the message if the JSON is."""
+    request = decode_body(_DECODE_CHAT if endpoint == CHAT else _DECODE_COMPLETION, body)
+    _check(request)
+    return request
+
+
+def decode_body(decode: Callable[[bytes], _T], body: bytes) -> _T:
+    """decode: of a msgspec decoder. Raises as decode_request."""
     try:
-        request = _DECODE_CHAT(body) if endpoint == CHAT else _DECODE_COMPLETION(body)
+        return decode(body)
     except msgspec.ValidationError as error:
-        _refuse_field(str(error))
+        refuse_field(str(error))
     except msgspec.DecodeError as error:
         _refuse(_json_fault(str(error), body))
     except UnicodeDecodeError as error:
         _refuse(f"The request body is not valid JSON: a string is not UTF-8 ({error.reason}).")
     except RecursionError:
         _refuse("The request body is nested too deeply.")
-    _check(request)
-    return request
 
 
 def undeclared_fields(request: msgspec.Struct, body: bytes) -> list[str]:
@@ -71,12 +79,12 @@ def _json_fault(text: str, body: bytes) -> str:
     return f"The request body is not valid JSON: {text.removeprefix('JSON is malformed: ')}."
 
 
-def _refuse_field(text: str) -> NoReturn:
-    """text: msgspec's message, "what is wrong" or "what is wrong - at `$.path`"."""
+def refuse_field(text: str, where: str = "") -> NoReturn:
+    """text: msgspec's message, "what is wrong" or "what is wrong - at `$.path`". where: the path of its `$`."""
     detail, _, path = text.rpartition(" - at `$")
     if not detail:
         detail, path = path, ""
-    param = path.removesuffix("`").removeprefix(".").replace("[...]", "")
+    param = (where + path.removesuffix("`")).removeprefix(".").replace("[...]", "")
     missing = detail.removeprefix("Object missing required field `")
     if missing != detail:
         param = f"{param}.{missing.removesuffix('`')}" if param else missing.removesuffix("`")
@@ -102,23 +110,23 @@ def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
         return
     for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
         if value is not None:
-            _check_free_form(value, name)
+            check_free_form(value, name)
     for index, tool in enumerate(request.tools or ()):
         if tool.function is not None and tool.function.parameters is not None:
-            _check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
+            check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
     for index, message in enumerate(request.messages):
         if (refused := _REFUSED_OF_MESSAGE(message)) != _NONE_OF_MESSAGE:
             _refuse_message_field(refused, f"messages[{index}]")
         if message.tool_calls is not None:
-            _check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+            check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
 
 
 def _check_form(request: ChatCompletionRequest | CompletionRequest) -> None:
     format, asked = request.response_format, request.structured_outputs
     if format is not None and format.json_schema is not None and format.json_schema.schema is not None:
-        _check_free_form(format.json_schema.schema, "response_format.json_schema.schema")
+        check_free_form(format.json_schema.schema, "response_format.json_schema.schema")
     if asked is not None and isinstance(asked.json, dict):
-        _check_free_form(asked.json, "structured_outputs.json")
+        check_free_form(asked.json, "structured_outputs.json")
 
 
 def _refuse_message_field(values: tuple[Any, ...], where: str) -> NoReturn:
@@ -126,7 +134,7 @@ def _refuse_message_field(values: tuple[Any, ...], where: str) -> NoReturn:
     raise StatorError(ErrorCode.UNSUPPORTED, f"{where}.{name} is not supported; leave it out.", param=f"{where}.{name}")
 
 
-def _check_free_form(value: Any, param: str) -> None:
+def check_free_form(value: Any, param: str) -> None:
     """Refuse what JSON can say and the wire behind cannot: numbers beyond 64 bits, endless nesting."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):

@@ -5,7 +5,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from stator.errors import Ending, ErrorCode, StatorError
@@ -172,6 +172,8 @@ class Generation:
         self._admit()
         body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
         asked = dialect.decode(body)
+        if isinstance(asked, Awaitable):
+            asked = await asked
         request, endpoint = asked.request, dialect.endpoint
         if logger.isEnabledFor(logging.DEBUG) and (ignored := undeclared_fields(asked.body, body)):
             logger.debug("request %s: fields that are not known are ignored: %r", http.call_id, ignored)
