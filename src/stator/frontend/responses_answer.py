@@ -54,7 +54,7 @@ _TEXT_EVENTS = {"reasoning": "response.reasoning_text", "message": "response.out
 class OutputItems:
     """Output items, as they come: one is written at a time, and is done when another begins.
 
-    emit: gets the events of the items. reasoning_tokens: of deltas that had nothing but reasoning.
+    emit: gets the events of the items. reasoning_tokens: that came while reasoning was written.
     """
 
     def __init__(self, ids: ItemIds, emit: Emit) -> None:
@@ -75,8 +75,12 @@ class OutputItems:
             self._add_text("message", delta.text)
         for piece in delta.tool_calls:
             self._add_to_call(piece)
-        if self._open is not None and self._open.item["type"] == "reasoning":
+        if self.is_reasoning:
             self.reasoning_tokens += delta.num_tokens
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._open is not None and self._open.item["type"] == "reasoning"
 
     def so_far(self) -> list[Json]:
         """Of an answer that broke off."""
@@ -244,7 +248,7 @@ class _Answer:
         self._last = CompletionDelta()
 
     def _add(self, deltas: Sequence[CompletionDelta]) -> None:
-        for delta in _joined(deltas):
+        for delta in deltas if self._items.is_reasoning else _joined(deltas):
             self._items.add(delta)
         self._last = deltas[-1]
 
