@@ -12,7 +12,7 @@ from stator.frontend import response_store
 from stator.frontend.response_store import OVERHEAD_BYTES, ResponseStore, SharedResponseKeeper
 from stator.ids import InstanceId
 from stator.messages.instances import InstanceInfo
-from stator.messages.responses import ResponseFound, ResponseLookup, StoredResponse
+from stator.messages.responses import ResponseLookup, StoredResponse
 from stator.transport import (
     Call,
     Endpoint,
