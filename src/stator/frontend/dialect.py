@@ -69,6 +69,10 @@ class Asked(Protocol):
     @property
     def may_be_empty(self) -> bool: ...
 
+    def named(self, error: StatorError, /) -> StatorError:
+        """An error of the Processor, with the client's own names of the fields in `request`."""
+        ...
+
     def stream_encoder(self, call_id: str, created: int, first: CompletionDelta, /) -> StreamEncoder:
         """call_id: unique in the deployment. created: Unix seconds. first: of the deltas, not encoded yet."""
         ...

@@ -189,7 +189,7 @@ class Generation:
         except StatorError as error:
             other = self._target_after(error, targets, endpoint, target) if record.first_token_at is None else None
             if other is None:
-                raise self._of_all_models(error, request.model) from None
+                raise self._of_all_models(asked.named(error), request.model) from None
             logger.warning("request %s goes to another Processor: %s", http.call_id, error.message)
             await self._answer(http, call, other, record)
 

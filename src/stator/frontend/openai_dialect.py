@@ -4,6 +4,7 @@ gets the encoders that make just that."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stator.errors import StatorError
 from stator.frontend.decode import CHAT, COMPLETIONS, decode_request
 from stator.frontend.detailed import DetailedAnswer, DetailedEncoder, num_choices
 from stator.frontend.dialect import Request, StreamEncoder, WholeEncoder
@@ -33,6 +34,9 @@ class OpenAIAsked:
     @property
     def may_be_empty(self) -> bool:
         return shows_prompt_only(self.request)
+
+    def named(self, error: StatorError) -> StatorError:
+        return error
 
     def stream_encoder(self, call_id: str, created: int, first: CompletionDelta) -> StreamEncoder:
         request = self.request
