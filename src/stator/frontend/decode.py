@@ -34,16 +34,16 @@ _REFUSED_OF_MESSAGE = operator.attrgetter(*_MESSAGE_FIELDS)
 MAX_NAMED_FIELDS = 16
 MAX_NAME_CHARS = 64
 
-_FREE_FORM_VALUES = operator.attrgetter(*_FREE_FORM)
-
 _T = TypeVar("_T")
+
+_FREE_FORM_VALUES = operator.attrgetter(*_FREE_FORM)
 
 
 def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | CompletionRequest:
     """endpoint: CHAT or COMPLETIONS. Raises StatorError(INVALID_REQUEST), with the field in `param` if one is at
     fault and the byte in the message if the JSON is."""
     request = decode_body(_DECODE_CHAT if endpoint == CHAT else _DECODE_COMPLETION, body)
-    _check(request)
+    check_request(request)
     return request
 
 
@@ -99,7 +99,8 @@ def refuse_field(text: str, where: str = "") -> NoReturn:
     _refuse(f"Invalid value for '{param}': {detail}.", param)
 
 
-def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
+def check_request(request: ChatCompletionRequest | CompletionRequest) -> None:
+    """What types cannot say. Raises as decode_request."""
     if request.stream_options is not None and not request.stream:
         _refuse("'stream_options' is only allowed together with 'stream': true.", "stream_options")
     if request.response_format is not None or request.structured_outputs is not None:

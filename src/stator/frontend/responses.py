@@ -11,7 +11,7 @@ import msgspec
 
 from stator.errors import ErrorCode, StatorError
 from stator.frontend.decode import CHAT
-from stator.frontend.http import ErrorForm, HttpExchange, encode_json, error_json
+from stator.frontend.http import OPENAI_ERRORS, HttpExchange, encode_json
 from stator.frontend.response_store import ResponseKeeper
 from stator.frontend.responses_answer import ResponseForm, ResponseStream, WholeResponse
 from stator.frontend.responses_request import (
@@ -39,14 +39,12 @@ _ECHOED_CHARS = 80
 
 _ITEMS = msgspec.json.Decoder(list[dict[str, Any]]).decode
 
-RESPONSES_ERRORS = ErrorForm(lambda error: error.info.status, lambda error, request_id: error_json(in_our_names(error)))
-
 
 def not_kept(response_id: str, param: str | None = None) -> StatorError:
     return StatorError(
         ErrorCode.NOT_FOUND,
         f"There is no response {response_id[:_ECHOED_CHARS]!r}. A response is kept in the memory of the frontend "
-        "process that made it, if it was complete and 'store' was not false, until it is a day old, there is no more "
+        "process that made it, unless it failed or 'store' was false, until it is a day old, there is no more "
         "room for it, or the process ends.",
         param=param,
     )
@@ -76,6 +74,9 @@ class ResponsesAsked:
     def whole_encoder(self, call_id: str, created: int, first: CompletionDelta) -> WholeResponse:
         return WholeResponse(self._form(created), self.ids, self.wall, self._keep)
 
+    def named(self, error: StatorError) -> StatorError:
+        return in_our_names(error)
+
     def _form(self, created: int) -> ResponseForm:
         return ResponseForm(self.ids.response_id, self.body, created)
 
@@ -90,7 +91,7 @@ class ResponsesDialect:
 
     label = "responses"
     endpoint = CHAT
-    errors = RESPONSES_ERRORS
+    errors = OPENAI_ERRORS
     generates = True
 
     def __init__(

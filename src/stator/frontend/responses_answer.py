@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from stator.errors import Ending, ErrorCode, Fault, StatorError
-from stator.frontend.responses_request import ItemIds, in_our_names, output_text
+from stator.frontend.responses_request import ItemIds, output_text
 from stator.messages.openai import Usage
 from stator.messages.processor import Alternative, CompletionDelta, ScoredToken
 from stator.messages.responses import Json, ResponsesRequest
@@ -305,8 +305,7 @@ class ResponseStream(_Answer):
         return self._taken()
 
     def failure(self, error: StatorError) -> bytes:
-        named = in_our_names(error)
-        told: Json = {"code": _error_code(named), "message": named.message}
+        told: Json = {"code": _error_code(error), "message": error.message}
         response = self._form.make("failed", self._items.so_far(), error=told)
         self._emit("response.failed", {"response": response})
         return self._taken()
