@@ -24,6 +24,7 @@ from stator.config.step_times import shipped_step_times
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.sim.args import SimEngineArgs
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
+from stator.messages.responses_fields import RESPONSES_FIELDS
 from stator.observability.metrics import FRONTEND_METRICS, FRONTEND_PROCESS_UP, ROUTER_METRICS, WORKER_METRICS
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -86,6 +87,22 @@ has no probabilities, `logit_bias` or `allowed_token_ids`.
 Every answer that is not streamed has `usage` with `prompt_tokens_details.cached_tokens`; a stream has it with
 `stream_options.include_usage`. Of several choices each is routed, and continued after the death of its worker, by
 itself; the prompt is counted once.
+"""
+
+RESPONSES_HEAD = """
+## /v1/responses
+
+OpenAI's Responses API over the same models: a request becomes one for a chat completion. A stream has the typed events
+of that API, numbered, and ends with `response.completed`, `response.incomplete` or `response.failed`; there is no
+`[DONE]`. Reasoning is an item with its text in `content`, and there are no summaries. `cache_write_tokens` is always 0.
+
+Unless `store` is false or it failed, a response is kept: `GET /v1/responses/{id}` shows it, `DELETE` forgets it, and
+`GET /v1/responses/{id}/input_items` lists everything that went into it, earlier turns included, by `limit`, `order` and
+`after`. `previous_response_id` continues it, also after the responses before it are gone. The frontend process that made
+a response keeps it in memory: at most 4096 of them in 64 MiB, each for a day, the oldest leave first. All frontends of a
+deployment find it there, but it is gone when that process ends: then a request that names it is answered with 404, and
+has to be sent again with the whole conversation in `input`. Whoever knows a response's id can read it; ids cannot be
+guessed.
 """
 
 METRICS_HEAD = """\
@@ -217,6 +234,8 @@ def api_page() -> str:
     for path, fields in (("/v1/chat/completions", CHAT_FIELDS), ("/v1/completions", COMPLETION_FIELDS)):
         parts.append(f"\n## {path}\n\n{field_table([each for each in fields if not each.extension])}")
         parts.append(f"\nvLLM's:\n\n{field_table([each for each in fields if each.extension])}")
+    parts.append(f"{RESPONSES_HEAD}\n{field_table([each for each in RESPONSES_FIELDS if not each.extension])}")
+    parts.append(f"\nvLLM's:\n\n{field_table([each for each in RESPONSES_FIELDS if each.extension])}")
     return "".join(parts)
 
 
