@@ -97,12 +97,12 @@ of that API, numbered, and ends with `response.completed`, `response.incomplete`
 `[DONE]`. Reasoning is an item with its text in `content`, and there are no summaries. `cache_write_tokens` is always 0.
 
 Unless `store` is false or it failed, a response is kept: `GET /v1/responses/{id}` shows it, `DELETE` forgets it, and
-`GET /v1/responses/{id}/input_items` lists everything that went into it, earlier turns included, by `limit`, `order` and
-`after`. `previous_response_id` continues it, also after the responses before it are gone. The frontend process that made
-a response keeps it in memory: at most 4096 of them in 64 MiB, each for a day, the oldest leave first. All frontends of a
-deployment find it there, but it is gone when that process ends: then a request that names it is answered with 404, and
-has to be sent again with the whole conversation in `input`. Whoever knows a response's id can read it; ids cannot be
-guessed.
+`GET /v1/responses/{id}/input_items` lists everything that went into it, earlier turns included, by `limit`, `order`
+and `after`. `previous_response_id` continues it, also after the responses before it are gone. The frontend process that
+made a response keeps it in memory: at most 4096 of them in 64 MiB, each for a day, the oldest leave first. All
+frontends of a deployment find it there, but it is gone when that process ends: then a request that names it is answered
+with 404, and has to be sent again with the whole conversation in `input`. A conversation has as many bytes as a
+request's body at most. Whoever knows a response's id can read it; ids cannot be guessed.
 """
 
 METRICS_HEAD = """\

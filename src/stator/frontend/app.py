@@ -76,7 +76,8 @@ class FrontendApp:
         self._explain = DecisionView(client, targets if everywhere is None else everywhere)
         keeper = ResponseKeeper(settings) if responses is None else responses
         self._kept_responses = KeptResponses(keeper)
-        responses_dialect = ResponsesDialect(keeper, wall=wall)
+        max_bytes = (settings or FrontendSettings()).max_body_bytes
+        responses_dialect = ResponsesDialect(keeper, max_bytes=max_bytes, wall=wall)
         self._routes: dict[str, tuple[str, Respond]] = {
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT_DIALECT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS_DIALECT)),

@@ -33,6 +33,9 @@ INPUT_ITEMS = "/input_items"
 MAX_REFERENCED = 64
 """Responses whose items one request may refer to."""
 
+LOOKUP_FACTOR = 4
+"""Of what one request refers to, so many times the bound of a body may be looked through."""
+
 MAX_LISTED = 100
 DEFAULT_LISTED = 20
 _ECHOED_CHARS = 80
@@ -87,7 +90,8 @@ class ResponsesAsked:
 
 
 class ResponsesDialect:
-    """new_base: of a response's ids, see ItemIds. wall: Unix seconds."""
+    """max_bytes: of a conversation, as JSON; the bound of a request's body, which could have it all. wall: Unix
+    seconds. new_base: of a response's ids, see ItemIds."""
 
     label = "responses"
     endpoint = CHAT
@@ -98,10 +102,12 @@ class ResponsesDialect:
         self,
         keeper: ResponseKeeper,
         *,
+        max_bytes: int,
         wall: Callable[[], float] = time.time,
         new_base: Callable[[], str] = lambda: secrets.token_hex(24),
     ) -> None:
         self._keeper = keeper
+        self._max_bytes = max_bytes
         self._wall = wall
         self._new_base = new_base
 
@@ -121,10 +127,19 @@ class ResponsesDialect:
             if previous is None:
                 raise not_kept(request.previous_response_id, "previous_response_id")
             before = previous.turns
-        return self._asked(request, ids, before, await self._with_references(items))
+        num_bytes = sum([len(turn) for turn in before])
+        if num_bytes > self._max_bytes:
+            raise self._too_long("previous_response_id")
+        return self._asked(request, ids, before, await self._with_references(items, num_bytes))
 
-    async def _with_references(self, items: list[Json]) -> list[Json]:
-        known: dict[str, dict[str, Json]] = {}
+    def _too_long(self, param: str) -> StatorError:
+        message = f"{param}: the conversation is longer than the limit of {self._max_bytes} bytes."
+        return StatorError(ErrorCode.INVALID_REQUEST, message, param=param)
+
+    async def _with_references(self, items: list[Json], num_bytes: int) -> list[Json]:
+        """num_bytes: that go before the items."""
+        known: dict[str, dict[str, tuple[Json, int]]] = {}
+        looked_through = 0
         found: list[Json] = []
         for index, item in enumerate(items):
             if item["type"] != "item_reference":
@@ -133,21 +148,24 @@ class ResponsesDialect:
             where = f"input[{index}].id"
             response_id = response_of(item["id"])
             if response_id is not None and response_id not in known:
-                if len(known) == MAX_REFERENCED:
-                    raise StatorError(
-                        ErrorCode.INVALID_REQUEST,
-                        f"input refers to items of more than {MAX_REFERENCED} responses.",
-                        param=where,
-                    )
                 response = await self._keeper.find(response_id)
                 if response is None:
                     raise not_kept(response_id, where)
-                known[response_id] = {each["id"]: each for turn in response.turns[-2:] for each in _ITEMS(turn)}
+                looked_through += sum([len(turn) for turn in response.turns[-2:]])
+                if len(known) == MAX_REFERENCED or looked_through > LOOKUP_FACTOR * self._max_bytes:
+                    message = "input refers to items of too many responses."
+                    raise StatorError(ErrorCode.INVALID_REQUEST, message, param=where)
+                own = [each for turn in response.turns[-2:] for each in _ITEMS(turn)]
+                known[response_id] = {each["id"]: (each, len(encode_json(each))) for each in own}
             referred = None if response_id is None else known[response_id].get(item["id"])
             if referred is None:
                 message = f"There is no item {item['id'][:_ECHOED_CHARS]!r} in the responses that are kept."
                 raise StatorError(ErrorCode.NOT_FOUND, message, param=where)
-            found.append(referred)
+            # One item may be referred to many times, by few bytes each.
+            num_bytes += referred[1]
+            if num_bytes > self._max_bytes:
+                raise self._too_long(where)
+            found.append(referred[0])
         return found
 
     def _asked(
