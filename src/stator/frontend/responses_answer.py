@@ -28,14 +28,12 @@ class _Open:
     number: int = -1
     text: list[str] = field(default_factory=list[str])
     logprobs: list[Json] = field(default_factory=list[Json])
+    place: Json = field(init=False)
+    place_of_part: Json = field(init=False)
 
-    @property
-    def place(self) -> Json:
-        return {"item_id": self.item["id"], "output_index": self.index}
-
-    @property
-    def place_of_part(self) -> Json:
-        return {**self.place, "content_index": 0}
+    def __post_init__(self) -> None:
+        self.place = {"item_id": self.item["id"], "output_index": self.index}
+        self.place_of_part = {**self.place, "content_index": 0}
 
     def part(self, text: str) -> Json:
         if self.item["type"] == "reasoning":
@@ -49,6 +47,7 @@ class _Open:
 
 
 _TEXT_EVENTS = {"reasoning": "response.reasoning_text", "message": "response.output_text"}
+_DELTA_EVENTS = {kind: f"{event}.delta" for kind, event in _TEXT_EVENTS.items()}
 
 
 class OutputItems:
@@ -100,10 +99,12 @@ class OutputItems:
         open.text.append(text)
         fields: Json = {**open.place_of_part, "delta": text}
         if kind == "message":
-            fields["logprobs"] = scores = [_logprob(scored) for scored in self._scores]
-            open.logprobs += scores
-            self._scores.clear()
-        self._emit(f"{_TEXT_EVENTS[kind]}.delta", fields)
+            fields["logprobs"] = []
+            if self._scores:
+                fields["logprobs"] = [_logprob(scored) for scored in self._scores]
+                open.logprobs += fields["logprobs"]
+                self._scores.clear()
+        self._emit(_DELTA_EVENTS[kind], fields)
 
     def _add_to_call(self, piece: ToolCallDelta) -> None:
         open = self._open
