@@ -16,11 +16,13 @@ from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
 from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
 from stator.frontend.openai_dialect import CHAT_DIALECT, COMPLETIONS_DIALECT
+from stator.frontend.openapi import document_json
 from stator.frontend.response_store import ResponseKeeper
 from stator.frontend.responses import PATH as RESPONSES_PATH
 from stator.frontend.responses import PREFIX as RESPONSES_PREFIX
 from stator.frontend.responses import KeptResponses, ResponsesDialect
 from stator.frontend.settings import FrontendSettings
+from stator.frontend.unary import DETOKENIZE, TOKENIZE
 from stator.messages.openai import ModelCard, ModelList
 from stator.observability.metrics import CONTENT_TYPE, Metrics
 from stator.transport.base import TransportClient
@@ -82,11 +84,14 @@ class FrontendApp:
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT_DIALECT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS_DIALECT)),
             RESPONSES_PATH: ("POST", lambda http: self.generation.handle(http, responses_dialect)),
+            "/tokenize": ("POST", lambda http: self.generation.handle(http, TOKENIZE)),
+            "/detokenize": ("POST", lambda http: self.generation.handle(http, DETOKENIZE)),
             "/v1/models": ("GET", self._list_models),
             "/health": ("GET", self._report_health),
             "/live": ("GET", self._report_live),
             "/metrics": ("GET", self._report_metrics),
             "/version": ("GET", self._report_version),
+            "/openapi.json": ("GET", self._describe),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -167,6 +172,9 @@ class FrontendApp:
 
     async def _report_version(self, http: HttpExchange) -> None:
         await http.respond(200, encode_json({"version": stator.__version__}))
+
+    async def _describe(self, http: HttpExchange) -> None:
+        await http.respond(200, document_json())
 
 
 def _allow(error: StatorError, method: str | None) -> list[tuple[bytes, bytes]]:

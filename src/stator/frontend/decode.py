@@ -2,13 +2,15 @@
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 from stator.errors import ErrorCode, StatorError
-from stator.messages.openai import ChatCompletionRequest, CompletionRequest
+from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
+from stator.messages.tokenize import DetokenizeRequest, TokenizeRequest
+from stator.messages.tools import Tool
 
 CHAT = "chat"
 COMPLETIONS = "completions"
@@ -20,6 +22,8 @@ MAX_DETAIL_CHARS = 300
 
 _DECODE_CHAT = msgspec.json.Decoder(ChatCompletionRequest).decode
 _DECODE_COMPLETION = msgspec.json.Decoder(CompletionRequest).decode
+_DECODE_TOKENIZE = msgspec.json.Decoder(TokenizeRequest).decode
+_DECODE_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest).decode
 _DECODE_NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _FREE_FORM = (
     "audio", "functions", "function_call", "prediction", "moderation", "web_search_options", "prompt_cache_options",
@@ -34,9 +38,9 @@ _REFUSED_OF_MESSAGE = operator.attrgetter(*_MESSAGE_FIELDS)
 MAX_NAMED_FIELDS = 16
 MAX_NAME_CHARS = 64
 
-_T = TypeVar("_T")
-
 _FREE_FORM_VALUES = operator.attrgetter(*_FREE_FORM)
+
+_T = TypeVar("_T")
 
 
 def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | CompletionRequest:
@@ -45,6 +49,22 @@ def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | Comple
     request = decode_body(_DECODE_CHAT if endpoint == CHAT else _DECODE_COMPLETION, body)
     check_request(request)
     return request
+
+
+def decode_tokenize(body: bytes) -> TokenizeRequest:
+    """Raises as decode_request."""
+    request = decode_body(_DECODE_TOKENIZE, body)
+    _check_tools(request.tools)
+    for name in ("chat_template_kwargs", "mm_processor_kwargs"):
+        if (value := getattr(request, name)) is not None:
+            check_free_form(value, name)
+    _check_messages(request.messages or ())
+    return request
+
+
+def decode_detokenize(body: bytes) -> DetokenizeRequest:
+    """Raises as decode_request."""
+    return decode_body(_DECODE_DETOKENIZE, body)
 
 
 def decode_body(decode: Callable[[bytes], _T], body: bytes) -> _T:
@@ -112,14 +132,22 @@ def check_request(request: ChatCompletionRequest | CompletionRequest) -> None:
     for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
         if value is not None:
             check_free_form(value, name)
-    for index, tool in enumerate(request.tools or ()):
-        if tool.function is not None and tool.function.parameters is not None:
-            check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
-    for index, message in enumerate(request.messages):
+    _check_tools(request.tools)
+    _check_messages(request.messages)
+
+
+def _check_messages(messages: Sequence[ChatMessage]) -> None:
+    for index, message in enumerate(messages):
         if (refused := _REFUSED_OF_MESSAGE(message)) != _NONE_OF_MESSAGE:
             _refuse_message_field(refused, f"messages[{index}]")
         if message.tool_calls is not None:
             check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+
+
+def _check_tools(tools: Sequence[Tool] | None) -> None:
+    for index, tool in enumerate(tools or ()):
+        if tool.function is not None and tool.function.parameters is not None:
+            check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
 
 
 def _check_form(request: ChatCompletionRequest | CompletionRequest) -> None:
