@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 
 from stator.errors import ConfigError
 from stator.frontend.app import FrontendApp
+from stator.frontend.connections import OpenConnections, allowed_by_open_files
 from stator.frontend.protocol import BoundedHttpProtocol
 from stator.frontend.settings import ConnectionSettings
 
@@ -31,8 +32,8 @@ GC_THRESHOLD = 10_000
 """Container objects made and not freed between two looks of the garbage collector at the young ones."""
 
 
-class _InOrder(dict[Any, None]):
-    """As much of a set as uvicorn needs, in the order of arrival: ending what is open is done in that order too."""
+class _Tasks(dict[Any, None]):
+    """As much of a set as uvicorn needs, in the order of arrival, as OpenConnections."""
 
     def add(self, item: Any) -> None:
         self[item] = None
@@ -63,8 +64,7 @@ class FrontendServer:
         self._fd = fd
         self._settings = settings if settings is not None else ConnectionSettings()
         self._state = ServerState()
-        self._state.connections = _InOrder()  # type: ignore[assignment]
-        self._state.tasks = _InOrder()  # type: ignore[assignment]
+        self._state.tasks = _Tasks()  # type: ignore[assignment]
         self._server: asyncio.Server | None = None
         self._addresses: tuple[tuple[str, int], ...] = ()
         self._date_timer: asyncio.TimerHandle | None = None
@@ -86,6 +86,8 @@ class FrontendServer:
             # At NOTSET it formats a trace record for every connection, only to drop it.
             uvicorn_log.setLevel(logging.INFO)
         loop = asyncio.get_running_loop()
+        max_connections = allowed_by_open_files(self._settings.max_connections)
+        self._state.connections = OpenConnections[Any](max_connections)  # type: ignore[assignment]
         config = Config(
             self._app,  # type: ignore[arg-type]
             loop="none",
