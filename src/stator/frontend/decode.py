@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from stator.errors import ErrorCode, StatorError
+from stator.frontend.bounds import check_bounds
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 
 CHAT = "chat"
@@ -50,6 +51,7 @@ def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | Comple
     except RecursionError:
         _refuse("The request body is nested too deeply.")
     _check(request)
+    check_bounds(request)
     return request
 
 

@@ -15,6 +15,9 @@ from stator.frontend.http import PIPE, Headers, error_json
 from stator.frontend.settings import ConnectionSettings
 
 
+DISCARD_PAUSE_S = 0.05
+
+
 class BoundedHttpProtocol(HttpToolsProtocol):
     """Implements frontend.http.Pipe, and adds to uvicorn's connection:
 
@@ -50,6 +53,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._discard_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
         self._on_leave: Callable[[], None] | None = None
         self._extensions: dict[str, Any] = {PIPE: self}
@@ -71,6 +75,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_timer = _cancel(self._head_timer)
         self._write_timer = _cancel(self._write_timer)
         self._idle_timer = _cancel(self._idle_timer)
+        self._discard_timer = _cancel(self._discard_timer)
         self.pipeline.clear()
         if self._running is not None and self.busy:
             self._running.disconnected = True
@@ -163,6 +168,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._num_framing_bytes = 0
         super().on_body(body)
+        if self.cycle.response_complete and self._discard_timer is None:
+            # Of a body that was refused; read now and then, so that what is dropped takes no time from the others.
+            self.flow.pause_reading()
+            self._discard_timer = self.loop.call_later(DISCARD_PAUSE_S, self._discard_more)
+
+    def _discard_more(self) -> None:
+        self._discard_timer = None
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def on_headers_complete(self) -> None:
         self._in_head = self._head_begun = False
