@@ -1,6 +1,7 @@
 """One HTTP request and its answer over ASGI: body, ids, headers, OpenAI's error body."""
 
 import asyncio
+import logging
 import math
 import random
 import re
@@ -11,7 +12,10 @@ import msgspec
 
 from stator.errors import Ending, ErrorCode, StatorError
 from stator.frontend.bodies import Bodies
+from stator.frontend.public_errors import TOLD, told
 from stator.messages.openai import ErrorBody, ErrorResponse
+
+logger = logging.getLogger(__name__)
 
 Scope = Mapping[str, Any]
 Message = dict[str, Any]
@@ -85,7 +89,7 @@ def retry_after_s(error: StatorError) -> int | None:
 
 
 def internal_error() -> StatorError:
-    return StatorError(ErrorCode.INTERNAL, "The server failed to answer this request; its log says why.")
+    return StatorError(ErrorCode.INTERNAL, TOLD[ErrorCode.INTERNAL])
 
 
 class HttpExchange:
@@ -158,7 +162,11 @@ class HttpExchange:
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     async def fail(self, error: StatorError, headers: Headers = ()) -> None:
-        """Answer with the error; in a stream that has begun, as its last event."""
+        """Answer with the error, as clients may see it; in a stream that has begun, as its last event."""
+        public = told(error)
+        if public is not error:
+            logger.warning("request %s failed: %s: %s", self.call_id, error.code.value, error.message)
+            error = public
         body = error_json(error)
         if self._streaming and self._started:
             await self.finish_events(b"data: " + body + b"\n\n")

@@ -14,7 +14,6 @@ from stator.frontend.connections import OpenConnections
 from stator.frontend.http import PIPE, Headers, error_json
 from stator.frontend.settings import ConnectionSettings
 
-
 DISCARD_PAUSE_S = 0.05
 
 
