@@ -13,9 +13,14 @@ _INTERNAL = re.compile(
 )
 
 
+def shows_internals(text: str) -> bool:
+    """An address, a file, an object or a piece of a traceback."""
+    return _INTERNAL.search(text) is not None
+
+
 def harmless(text: str) -> str:
     """Its first line, cut; or NOT_TOLD, if that shows something of the machine or of the code."""
     line = next((each.strip() for each in text.splitlines() if each.strip()), "")
-    if not line or _INTERNAL.search(line):
+    if not line or shows_internals(line):
         return NOT_TOLD
     return line if len(line) <= MAX_CHARS else line[:MAX_CHARS] + "..."

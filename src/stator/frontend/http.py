@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from stator.core.public_errors import TOLD, told
 from stator.errors import Ending, ErrorCode, StatorError
 from stator.frontend.bodies import Bodies
-from stator.frontend.public_errors import TOLD, told
 from stator.messages.openai import ErrorBody, ErrorResponse
 
 logger = logging.getLogger(__name__)

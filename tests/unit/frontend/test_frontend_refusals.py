@@ -10,10 +10,10 @@ from frontend_fakes import MODEL, AsgiClient, ask, chat_body, delta, frontend, t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stator.core.public_errors import TOLD
 from stator.errors import ERRORS, Ending, ErrorCode, StatorError
 from stator.frontend.decode import CHAT, COMPLETIONS, decode_request
 from stator.frontend.health import HealthReport
-from stator.frontend.public_errors import TOLD
 from stator.frontend.settings import FrontendSettings
 from stator.messages.openai import PromptTokensDetails, RequestFields, Usage
 from stator.messages.processor import CompletionDelta

@@ -5,7 +5,8 @@ a bug are for whoever runs the deployment: they may name addresses, classes and 
 get a sentence of their own for each such code; the message goes to the log.
 """
 
-from stator.errors import ErrorCode, StatorError
+from stator.core.public_text import shows_internals
+from stator.errors import ErrorCode, Fault, StatorError
 
 _LOG_SAYS_WHY = "its log says why"
 
@@ -21,8 +22,10 @@ TOLD: dict[ErrorCode, str] = {
 
 
 def told(error: StatorError) -> StatorError:
-    """The error as a client may see it: itself, or one of the same code with a sentence of `TOLD`."""
+    """The error as a client may see it: itself, or one of the same code with a sentence of ours."""
     message = TOLD.get(error.code)
+    if message is None and error.info.fault is not Fault.CALLER and shows_internals(error.message):
+        message = f"The server cannot answer this request now; {_LOG_SAYS_WHY}."
     if message is None or message == error.message:
         return error
     return StatorError(error.code, message, param=error.param, retry_after_s=error.retry_after_s)
