@@ -5,6 +5,8 @@ stop strings, schemas, grammars, tools and the length of the prompt (`processor.
 `core.json_schema`, `core.tools.request`).
 """
 
+from operator import attrgetter
+
 from stator.errors import ErrorCode, StatorError
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest, RequestFields
 
@@ -30,6 +32,11 @@ _LABELS = ("user", "cache_salt")
 _CHAT_LABELS = (*_LABELS, "safety_identifier", "prompt_cache_key")
 _CHAT_WORDS = ("reasoning_effort", "service_tier", "verbosity", "prompt_cache_retention")
 
+_TEXT = {name: MAX_LABEL_CHARS for name in _LABELS}
+_CHAT_TEXT = {name: MAX_LABEL_CHARS for name in _CHAT_LABELS} | {name: MAX_WORD_CHARS for name in _CHAT_WORDS}
+_read_text, _read_chat_text = attrgetter(*_TEXT), attrgetter(*_CHAT_TEXT)
+_NO_TEXT, _NO_CHAT_TEXT = (None,) * len(_TEXT), (None,) * len(_CHAT_TEXT)
+
 
 def check_bounds(request: ChatCompletionRequest | CompletionRequest) -> None:
     """Raises StatorError(INVALID_REQUEST) that names the field."""
@@ -37,13 +44,14 @@ def check_bounds(request: ChatCompletionRequest | CompletionRequest) -> None:
     if request.metadata:
         _check_metadata(request.metadata)
     if isinstance(request, CompletionRequest):
-        _check_texts(request, _LABELS, MAX_LABEL_CHARS)
+        if _read_text(request) != _NO_TEXT:
+            _check_texts(request, _TEXT)
         prompt = request.prompt
         if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
             raise _too_many(len(prompt), "prompt", MAX_PROMPTS)
         return
-    _check_texts(request, _CHAT_LABELS, MAX_LABEL_CHARS)
-    _check_texts(request, _CHAT_WORDS, MAX_WORD_CHARS)
+    if _read_chat_text(request) != _NO_CHAT_TEXT:
+        _check_texts(request, _CHAT_TEXT)
     if len(request.messages) > MAX_MESSAGES:
         raise _too_many(len(request.messages), "messages", MAX_MESSAGES)
     for index, message in enumerate(request.messages):
@@ -70,8 +78,8 @@ def _check_metadata(metadata: dict[str, str]) -> None:
             raise _too_long(len(value), "metadata", "a value", MAX_METADATA_VALUE_CHARS)
 
 
-def _check_texts(request: RequestFields, names: tuple[str, ...], max_chars: int) -> None:
-    for name in names:
+def _check_texts(request: RequestFields, bounds: dict[str, int]) -> None:
+    for name, max_chars in bounds.items():
         _check_text(getattr(request, name), name, max_chars)
 
 
