@@ -32,8 +32,8 @@ _LABELS = ("user", "cache_salt")
 _CHAT_LABELS = (*_LABELS, "safety_identifier", "prompt_cache_key")
 _CHAT_WORDS = ("reasoning_effort", "service_tier", "verbosity", "prompt_cache_retention")
 
-_TEXT = {name: MAX_LABEL_CHARS for name in _LABELS}
-_CHAT_TEXT = {name: MAX_LABEL_CHARS for name in _CHAT_LABELS} | {name: MAX_WORD_CHARS for name in _CHAT_WORDS}
+_TEXT = dict.fromkeys(_LABELS, MAX_LABEL_CHARS)
+_CHAT_TEXT = dict.fromkeys(_CHAT_LABELS, MAX_LABEL_CHARS) | dict.fromkeys(_CHAT_WORDS, MAX_WORD_CHARS)
 _read_text, _read_chat_text = attrgetter(*_TEXT), attrgetter(*_CHAT_TEXT)
 _NO_TEXT, _NO_CHAT_TEXT = (None,) * len(_TEXT), (None,) * len(_CHAT_TEXT)
 
