@@ -23,7 +23,9 @@ from stator.config.schema import SECTIONS, ServiceArgs
 from stator.config.step_times import shipped_step_times
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.sim.args import SimEngineArgs
+from stator.frontend.openapi import document
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
+from stator.messages.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from stator.observability.metrics import FRONTEND_METRICS, FRONTEND_PROCESS_UP, ROUTER_METRICS, WORKER_METRICS
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -82,6 +84,8 @@ A field that is refused is answered with status 400 and its name in `param`, unl
 for nothing (null always is one). Fields that stand in none of these tables are other vendors' extensions: they are
 ignored, and a line at log level DEBUG names them. What an engine cannot do is refused by name as well: the sim engine
 has no probabilities, `logit_bias` or `allowed_token_ids`.
+
+`GET /openapi.json` has all of this, with types, ranges, answers and statuses, as an OpenAPI 3.1 document.
 
 Every answer that is not streamed has `usage` with `prompt_tokens_details.cached_tokens`; a stream has it with
 `stream_options.include_usage`. Of several choices each is routed, and continued after the death of its worker, by
@@ -213,11 +217,23 @@ def help_text(*command: str) -> str:
 
 
 def api_page() -> str:
-    parts = [API_HEAD]
+    parts = [API_HEAD, paths_table()]
     for path, fields in (("/v1/chat/completions", CHAT_FIELDS), ("/v1/completions", COMPLETION_FIELDS)):
         parts.append(f"\n## {path}\n\n{field_table([each for each in fields if not each.extension])}")
         parts.append(f"\nvLLM's:\n\n{field_table([each for each in fields if each.extension])}")
+    for path, fields in (("/tokenize", TOKENIZE_FIELDS), ("/detokenize", DETOKENIZE_FIELDS)):
+        parts.append(f"\n## {path}\n\nAs in vLLM's server.\n\n{field_table(list(fields))}")
     return "".join(parts)
+
+
+def paths_table() -> str:
+    rows = [
+        f"| `{method.upper()} {path}` | {operation['summary']} |\n"
+        for path, operations in document()["paths"].items()
+        for method, operation in operations.items()
+        if method != "head"
+    ]
+    return "\n| path | |\n|---|---|\n" + "".join(rows)
 
 
 def field_table(fields: list[Field]) -> str:

@@ -1,9 +1,13 @@
 """OpenAI's own client, as its users write it, against a deployment with a decode and a prefill worker."""
 
 import asyncio
+import json
+import urllib.request
 from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
 from test_graphs import Head
 
@@ -122,3 +126,62 @@ def test_what_cannot_be_done_is_named(client: openai.OpenAI) -> None:
     assert refused.value.param == "modalities"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": QUESTION}])
+
+
+class Mood(pydantic.BaseModel):
+    mood: Literal["calm", "cross"]
+    age: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+
+class look(pydantic.BaseModel):  # noqa: N801: the name of a function
+    """Look at something."""
+
+    at: Literal["sea", "moon"]
+
+
+def test_parse_gives_objects(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=[{"role": "user", "content": QUESTION}], response_format=Mood, max_tokens=60
+    )
+    assert isinstance(answer.choices[0].message.parsed, Mood)
+    with client.chat.completions.stream(
+        model=MODEL, messages=[{"role": "user", "content": QUESTION}], response_format=Mood, max_tokens=60, seed=4
+    ) as stream:
+        assert any(event.type == "content.delta" for event in stream)
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Mood)
+
+
+def test_parse_gives_the_arguments_of_forced_calls(client: openai.OpenAI) -> None:
+    tools = [openai.pydantic_function_tool(look)]
+    forced: dict[str, Any] = {"tools": tools, "tool_choice": "required", "max_tokens": 60, "parallel_tool_calls": False}
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    answer = client.chat.completions.parse(model=MODEL, messages=messages, **forced)
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert isinstance(call.function.parsed_arguments, look)
+    with client.chat.completions.stream(model=MODEL, messages=messages, **forced) as stream:
+        kinds = {event.type for event in stream}
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+    assert "tool_calls.function.arguments.delta" in kinds and "tool_calls.function.arguments.done" in kinds
+    assert isinstance(streamed.function.parsed_arguments, look)
+
+
+def test_tokens_are_counted_as_a_prompt_of_them_is(client: openai.OpenAI, head: Head) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    counted = post(head, "/tokenize", {"model": MODEL, "messages": messages})
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)  # type: ignore[arg-type]
+    assert answer.usage is not None and answer.usage.prompt_tokens == counted["count"] == len(counted["tokens"])
+    again = client.completions.create(model=MODEL, prompt=counted["tokens"], max_tokens=1)
+    assert again.usage is not None and again.usage.prompt_tokens == counted["count"]
+    assert QUESTION in post(head, "/detokenize", {"model": MODEL, "tokens": counted["tokens"]})["prompt"]
+
+
+def test_the_document_of_the_api_is_served(head: Head) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{head.port}/openapi.json", timeout=30) as answer:
+        assert json.load(answer)["paths"].keys() >= {"/v1/chat/completions", "/tokenize", "/detokenize"}
+
+
+def post(head: Head, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(f"http://127.0.0.1:{head.port}{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)

@@ -9,6 +9,7 @@ from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 from stator.messages.processor import CompletionDelta
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.messages.routing import DecisionRecord, DecisionsRequest
+from stator.messages.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from stator.observability.reporting import Reporter
 from stator.router import LinkedRouter, LocalRouter
 from stator.transport import Call
@@ -57,6 +58,14 @@ class Processor:
     @endpoint(request=CompletionRequest, item=CompletionDelta)
     def completions(self, call: Call) -> None:
         self.processor.completions(call)
+
+    @endpoint(request=TokenizeRequest, item=Tokenized)
+    def tokenize(self, call: Call) -> None:
+        self.processor.tokenize(call)
+
+    @endpoint(request=DetokenizeRequest, item=Detokenized)
+    def detokenize(self, call: Call) -> None:
+        self.processor.detokenize(call)
 
     @endpoint(request=DecisionsRequest, item=DecisionRecord)
     def decisions(self, call: Call) -> None:

@@ -17,7 +17,9 @@ from stator.frontend.decode import CHAT, COMPLETIONS
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
 from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
+from stator.frontend.openapi import document_json
 from stator.frontend.settings import FrontendSettings
+from stator.frontend.unary import DETOKENIZE, TOKENIZE
 from stator.messages.openai import ModelCard, ModelList
 from stator.observability.metrics import CONTENT_TYPE, Metrics
 from stator.transport.base import TransportClient
@@ -75,11 +77,14 @@ class FrontendApp:
         self._routes: dict[str, tuple[str, Respond]] = {
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS)),
+            "/tokenize": ("POST", lambda http: self.generation.handle(http, "tokenize", TOKENIZE)),
+            "/detokenize": ("POST", lambda http: self.generation.handle(http, "detokenize", DETOKENIZE)),
             "/v1/models": ("GET", self._list_models),
             "/health": ("GET", self._report_health),
             "/live": ("GET", self._report_live),
             "/metrics": ("GET", self._report_metrics),
             "/version": ("GET", self._report_version),
+            "/openapi.json": ("GET", self._describe),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -159,6 +164,9 @@ class FrontendApp:
 
     async def _report_version(self, http: HttpExchange) -> None:
         await http.respond(200, encode_json({"version": stator.__version__}))
+
+    async def _describe(self, http: HttpExchange) -> None:
+        await http.respond(200, document_json())
 
 
 def _allow(error: StatorError, method: str | None) -> list[tuple[bytes, bytes]]:

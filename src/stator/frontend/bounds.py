@@ -5,6 +5,7 @@ stop strings, schemas, grammars, tools and the length of the prompt (`processor.
 `core.json_schema`, `core.tools.request`).
 """
 
+from collections.abc import Sequence
 from operator import attrgetter
 
 from stator.errors import ErrorCode, StatorError
@@ -32,15 +33,15 @@ _LABELS = ("user", "cache_salt")
 _CHAT_LABELS = (*_LABELS, "safety_identifier", "prompt_cache_key")
 _CHAT_WORDS = ("reasoning_effort", "service_tier", "verbosity", "prompt_cache_retention")
 
-_TEXT = dict.fromkeys(_LABELS, MAX_LABEL_CHARS)
-_CHAT_TEXT = dict.fromkeys(_CHAT_LABELS, MAX_LABEL_CHARS) | dict.fromkeys(_CHAT_WORDS, MAX_WORD_CHARS)
+_TEXT: dict[str, int] = dict.fromkeys(_LABELS, MAX_LABEL_CHARS)
+_CHAT_TEXT: dict[str, int] = dict.fromkeys(_CHAT_LABELS, MAX_LABEL_CHARS) | dict.fromkeys(_CHAT_WORDS, MAX_WORD_CHARS)
 _read_text, _read_chat_text = attrgetter(*_TEXT), attrgetter(*_CHAT_TEXT)
 _NO_TEXT, _NO_CHAT_TEXT = (None,) * len(_TEXT), (None,) * len(_CHAT_TEXT)
 
 
 def check_bounds(request: ChatCompletionRequest | CompletionRequest) -> None:
-    """Raises StatorError(INVALID_REQUEST) that names the field."""
-    _check_text(request.model, "model", MAX_MODEL_CHARS)
+    """Raises StatorError(INVALID_REQUEST) that names the field; so do the others."""
+    check_model(request.model)
     if request.metadata:
         _check_metadata(request.metadata)
     if isinstance(request, CompletionRequest):
@@ -52,9 +53,17 @@ def check_bounds(request: ChatCompletionRequest | CompletionRequest) -> None:
         return
     if _read_chat_text(request) != _NO_CHAT_TEXT:
         _check_texts(request, _CHAT_TEXT)
-    if len(request.messages) > MAX_MESSAGES:
-        raise _too_many(len(request.messages), "messages", MAX_MESSAGES)
-    for index, message in enumerate(request.messages):
+    check_messages(request.messages)
+
+
+def check_model(name: str | None) -> None:
+    _check_text(name, "model", MAX_MODEL_CHARS)
+
+
+def check_messages(messages: Sequence[ChatMessage]) -> None:
+    if len(messages) > MAX_MESSAGES:
+        raise _too_many(len(messages), "messages", MAX_MESSAGES)
+    for index, message in enumerate(messages):
         if type(message.content) is list or message.name is not None or message.tool_calls is not None:
             _check_message(message, f"messages[{index}]")
 

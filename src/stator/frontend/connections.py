@@ -18,11 +18,13 @@ class OpenConnections(Generic[Connection]):
 
     A connection waits from its arrival to the end of its first request's head, and between an answer and the next
     request. Those that wait go first when there are more than max_open, and of them those that were never answered:
-    so whoever only opens connections cannot keep out, or throw out, those who use them.
+    so whoever only opens connections cannot keep out, or throw out, those who use them. num_discarding: on which a
+    body is dropped that was refused.
     """
 
     def __init__(self, max_open: int) -> None:
         self._max_open = max_open
+        self.num_discarding = 0
         self._all: dict[Connection, None] = {}
         self._new: dict[Connection, None] = {}
         self._kept: dict[Connection, None] = {}

@@ -2,13 +2,16 @@
 
 import operator
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 from stator.errors import ErrorCode, StatorError
-from stator.frontend.bounds import check_bounds
-from stator.messages.openai import ChatCompletionRequest, CompletionRequest
+from stator.frontend.bounds import check_bounds, check_messages, check_model
+from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
+from stator.messages.tokenize import DetokenizeRequest, TokenizeRequest
+from stator.messages.tools import Tool
 
 CHAT = "chat"
 COMPLETIONS = "completions"
@@ -20,6 +23,8 @@ MAX_DETAIL_CHARS = 300
 
 _DECODE_CHAT = msgspec.json.Decoder(ChatCompletionRequest).decode
 _DECODE_COMPLETION = msgspec.json.Decoder(CompletionRequest).decode
+_DECODE_TOKENIZE = msgspec.json.Decoder(TokenizeRequest).decode
+_DECODE_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest).decode
 _DECODE_NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _FREE_FORM = (
     "audio", "functions", "function_call", "prediction", "moderation", "web_search_options", "prompt_cache_options",
@@ -36,12 +41,41 @@ MAX_NAME_CHARS = 64
 
 _FREE_FORM_VALUES = operator.attrgetter(*_FREE_FORM)
 
+_T = TypeVar("_T")
+
 
 def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | CompletionRequest:
     """endpoint: CHAT or COMPLETIONS. Raises StatorError(INVALID_REQUEST), with the field in `param` if one is at
     fault and the byte in the message if the JSON is."""
+    request = _decode(_DECODE_CHAT if endpoint == CHAT else _DECODE_COMPLETION, body)
+    _check(request)
+    check_bounds(request)
+    return request
+
+
+def decode_tokenize(body: bytes) -> TokenizeRequest:
+    """Raises as decode_request."""
+    request = _decode(_DECODE_TOKENIZE, body)
+    _check_tools(request.tools)
+    for name in ("chat_template_kwargs", "mm_processor_kwargs"):
+        if (value := getattr(request, name)) is not None:
+            _check_free_form(value, name)
+    _check_messages(request.messages or ())
+    check_model(request.model)
+    check_messages(request.messages or ())
+    return request
+
+
+def decode_detokenize(body: bytes) -> DetokenizeRequest:
+    """Raises as decode_request."""
+    request = _decode(_DECODE_DETOKENIZE, body)
+    check_model(request.model)
+    return request
+
+
+def _decode(decode: Callable[[bytes], _T], body: bytes) -> _T:
     try:
-        request = _DECODE_CHAT(body) if endpoint == CHAT else _DECODE_COMPLETION(body)
+        return decode(body)
     except msgspec.ValidationError as error:
         _refuse_field(str(error))
     except msgspec.DecodeError as error:
@@ -50,12 +84,9 @@ def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | Comple
         _refuse(f"The request body is not valid JSON: a string is not UTF-8 ({error.reason}).")
     except RecursionError:
         _refuse("The request body is nested too deeply.")
-    _check(request)
-    check_bounds(request)
-    return request
 
 
-def undeclared_fields(request: ChatCompletionRequest | CompletionRequest, body: bytes) -> list[str]:
+def undeclared_fields(request: msgspec.Struct, body: bytes) -> list[str]:
     """Names of the fields of a body that was decoded which nothing here knows: other vendors' extensions, ignored."""
     names = [name for name in _DECODE_NAMES(body) if name not in request.__struct_fields__]
     return [name[:MAX_NAME_CHARS] for name in names[:MAX_NAMED_FIELDS]]
@@ -105,14 +136,22 @@ def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
     for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
         if value is not None:
             _check_free_form(value, name)
-    for index, tool in enumerate(request.tools or ()):
-        if tool.function is not None and tool.function.parameters is not None:
-            _check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
-    for index, message in enumerate(request.messages):
+    _check_tools(request.tools)
+    _check_messages(request.messages)
+
+
+def _check_messages(messages: Sequence[ChatMessage]) -> None:
+    for index, message in enumerate(messages):
         if (refused := _REFUSED_OF_MESSAGE(message)) != _NONE_OF_MESSAGE:
             _refuse_message_field(refused, f"messages[{index}]")
         if message.tool_calls is not None:
             _check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+
+
+def _check_tools(tools: Sequence[Tool] | None) -> None:
+    for index, tool in enumerate(tools or ()):
+        if tool.function is not None and tool.function.parameters is not None:
+            _check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
 
 
 def _check_form(request: ChatCompletionRequest | CompletionRequest) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stator.errors import Ending, ErrorCode, StatorError
-from stator.frontend.decode import decode_request, undeclared_fields
+from stator.frontend.decode import CHAT, decode_request, undeclared_fields
 from stator.frontend.detailed import DetailedAnswer, DetailedEncoder
 from stator.frontend.encoding import DONE, ChunkEncoder, encode_whole
 from stator.frontend.http import ClientGone, Headers, HttpExchange, Pipe, Receive, internal_error
 from stator.frontend.settings import FrontendSettings
 from stator.frontend.stream import DeltaStream, Write
+from stator.frontend.unary import Unary, not_served
 from stator.ids import RequestId
 from stator.messages.openai import (
     ChatCompletionRequest,
@@ -28,6 +29,7 @@ from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, Completion
 from stator.observability.metrics import OTHER, Metrics, Tally
 from stator.runtime.context import CallContext
 from stator.transport.base import Target, TransportClient
+from stator.transport.calls import call as call_once
 
 logger = logging.getLogger(__name__)
 access_log = logging.getLogger("stator.frontend.access")
@@ -128,7 +130,8 @@ class Generation:
         for stream in list(self._streams):
             stream.fail(StatorError(ErrorCode.DRAINING, "The server stopped before this answer was complete."))
 
-    async def handle(self, http: HttpExchange, endpoint: str) -> None:
+    async def handle(self, http: HttpExchange, endpoint: str, unary: Unary | None = None) -> None:
+        """unary: for an endpoint that answers with one item."""
         loop = self._loop
         if loop is None:
             # Asking for the running loop is a system call on CPython 3.11.
@@ -136,7 +139,10 @@ class Generation:
         record = _Record(endpoint, loop.time())
         self._enter(endpoint)
         try:
-            await self._serve(http, endpoint, record, loop)
+            if unary is None:
+                await self._serve(http, endpoint, record, loop)
+            else:
+                await self._serve_unary(http, endpoint, record, unary)
         except ClientGone:
             self._metrics.counter("client_disconnects_total", endpoint).inc()
         except StatorError as error:
@@ -193,6 +199,28 @@ class Generation:
                 raise self._of_all_models(error, request.model) from None
             logger.warning("request %s goes to another Processor: %s", http.call_id, error.message)
             await self._answer(http, call, other, record)
+
+    async def _serve_unary(self, http: HttpExchange, endpoint: str, record: _Record, unary: Unary) -> None:
+        self._admit()
+        body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
+        request = unary.request(body, self._models, http.call_id)
+        record.model = self._label(request.model or OTHER)
+        context = self._context(http, record.started)
+        targets = self._serving(request.model)
+        if not targets(endpoint) and targets(CHAT):
+            raise not_served(http.path)
+        target = self._target(targets, endpoint)
+        try:
+            item = await call_once(self._client, target, request, context=context, item_type=unary.item_type)
+        except StatorError as error:
+            if error.code is ErrorCode.NOT_FOUND:
+                raise not_served(http.path) from error
+            other = self._target_after(error, targets, endpoint, target)
+            if other is None:
+                raise self._of_all_models(error, request.model or "") from None
+            item = await call_once(self._client, other, request, context=context, item_type=unary.item_type)
+        record.status, record.ending = 200, Ending.STOP
+        await http.respond(200, unary.encode(item))
 
     async def _answer(self, http: HttpExchange, call: "_Call", target: Target, record: _Record) -> None:
         settings = self._settings
@@ -386,6 +414,7 @@ def _explanation(first: CompletionDelta) -> Headers:
         (b"x-stator-instance", str(first.instance_id).encode("ascii", "replace")),
         (b"x-stator-overlap-blocks", b"%d" % (first.overlap_blocks or 0)),
         (b"x-stator-cost-ms", b"%.3f" % first.cost_ms),
+        (b"x-stator-phases", ", ".join(f"{name}={ms:.3f}" for name, ms in (first.phases_ms or {}).items()).encode()),
     )
 
 

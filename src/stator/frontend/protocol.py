@@ -14,7 +14,8 @@ from stator.frontend.connections import OpenConnections
 from stator.frontend.http import PIPE, Headers, error_json
 from stator.frontend.settings import ConnectionSettings
 
-DISCARD_PAUSE_S = 0.05
+DISCARD_PAUSE_S = 0.005
+"""After each read of a body that is dropped, for each connection on which one is: they share about 50 MB a second."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -74,7 +75,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_timer = _cancel(self._head_timer)
         self._write_timer = _cancel(self._write_timer)
         self._idle_timer = _cancel(self._idle_timer)
-        self._discard_timer = _cancel(self._discard_timer)
+        self._stop_discarding()
         self.pipeline.clear()
         if self._running is not None and self.busy:
             self._running.disconnected = True
@@ -170,10 +171,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.cycle.response_complete and self._discard_timer is None:
             # Of a body that was refused; read now and then, so that what is dropped takes no time from the others.
             self.flow.pause_reading()
-            self._discard_timer = self.loop.call_later(DISCARD_PAUSE_S, self._discard_more)
+            self._open.num_discarding += 1
+            self._discard_timer = self.loop.call_later(DISCARD_PAUSE_S * self._open.num_discarding, self._discard_more)
+
+    def _stop_discarding(self) -> None:
+        if self._discard_timer is not None:
+            self._discard_timer.cancel()
+            self._discard_timer = None
+            self._open.num_discarding -= 1
 
     def _discard_more(self) -> None:
-        self._discard_timer = None
+        self._stop_discarding()
         if not self.transport.is_closing():
             self.flow.resume_reading()
 

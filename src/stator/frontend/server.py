@@ -106,6 +106,8 @@ class FrontendServer:
             loop, lambda: BoundedHttpProtocol(config, self._state, loop, self._settings, self._connection_lost)
         )
         self._addresses = tuple(sock.getsockname()[:2] for sock in self._server.sockets)
+        for listening in self._server.sockets:
+            _bound_kernel_buffer(listening.fileno(), self._settings.kernel_receive_bytes)
         self._refresh_date()
         _settle_heap()
         logger.info("listening on %s", ", ".join(f"{host}:{port}" for host, port in self._addresses))
@@ -198,6 +200,14 @@ class FrontendServer:
                     await asyncio.wait(list(self._state.tasks))
         except TimeoutError:
             pass
+
+
+def _bound_kernel_buffer(fd: int, num_bytes: int) -> None:
+    """Of each connection that is accepted there, what the kernel takes that nobody has read. By itself it grows to
+    megabytes, and where many clients send what is not read, the system runs out of memory for TCP, and drops packets of
+    all."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, num_bytes)
 
 
 def _settle_heap() -> None:

@@ -32,6 +32,7 @@ class ConnectionSettings:
     write_timeout_s: how long a client may accept no byte before its connection is dropped.
     max_connections: of one process, as far as its limit on open files allows; at the bound one that waits is closed.
     max_head_bytes, max_headers: of one request, the trailers of its body with them.
+    kernel_receive_bytes: of one connection, what is kept unread outside the process; bounds how fast a body comes.
     max_pipelined: requests that wait on one connection behind the one that is being answered.
     """
 
@@ -41,5 +42,6 @@ class ConnectionSettings:
     max_head_bytes: int = 16 * 1024
     max_headers: int = 100
     max_pipelined: int = 32
+    kernel_receive_bytes: int = 256 * 1024
     write_timeout_s: float = 120.0
     backlog: int = 2048

@@ -138,10 +138,14 @@ class ChatTemplate:
         *,
         tools: Sequence[dict[str, Any]] = (),
         arguments: Mapping[str, Any] = _NO_ARGUMENTS,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """The prompt's text, special tokens included: encode it without adding any.
 
-        tools: in OpenAI's shape. arguments: more of the template's own variables.
+        tools: in OpenAI's shape. arguments: more of the template's own variables. add_generation_prompt: it ends with
+        what begins an answer. continue_final_message: it ends with the last message's text, without what the template
+        writes after it.
 
         Raises StatorError(INVALID_REQUEST), with the template's own message if it refuses the conversation, or
         UNSUPPORTED for a message that this template would drop in silence.
@@ -149,8 +153,10 @@ class ChatTemplate:
         if not messages:
             raise StatorError(ErrorCode.INVALID_REQUEST, "messages must not be empty", param="messages")
         prepared = [self._prepare(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        if continue_final_message:
+            _mark_end(prepared[-1], f"messages[{len(prepared) - 1}]")
         try:
-            return self._render(prepared, list(tools) or None, arguments)
+            text = self._render(prepared, list(tools) or None, arguments, add_generation_prompt=add_generation_prompt)
         except TemplateRefusal as refusal:
             raise StatorError(ErrorCode.INVALID_REQUEST, str(refusal), param="messages") from refusal
         except Exception as error:  # a template is a program: anything may come out of it
@@ -159,12 +165,24 @@ class ChatTemplate:
                 "the model's chat template cannot render these messages; check their roles, order and content",
                 param="messages",
             ) from error
+        if not continue_final_message:
+            return text
+        before, mark, _ = text.rpartition(_END_MARK)
+        if not mark:
+            raise StatorError(
+                ErrorCode.UNSUPPORTED,
+                "continue_final_message: this model's chat template does not show the last message's text as it is",
+                param="continue_final_message",
+            )
+        return before
 
     def _render(
         self,
         messages: list[_Message],
         tools: list[dict[str, Any]] | None = None,
         arguments: Mapping[str, Any] = _NO_ARGUMENTS,
+        *,
+        add_generation_prompt: bool = True,
     ) -> str:
         return self._template.render(
             **self._special_tokens,
@@ -172,7 +190,7 @@ class ChatTemplate:
             messages=messages,
             tools=tools,
             documents=None,
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
         )
 
     def _shows(self, *messages: _Message) -> bool:
@@ -225,6 +243,24 @@ class ChatTemplate:
         if self._takes_parts:
             return [{"type": "text", "text": part.text} for part in content]
         return PARTS_SEPARATOR.join(part.text for part in content)
+
+
+_END_MARK = "xq7end-of-the-last-message"
+"""Stands behind the text of a message that is to be continued, to find it in what the template made of it."""
+
+
+def _mark_end(message: _Message, where: str) -> None:
+    content: Any = message["content"]
+    if isinstance(content, list) and content:
+        message["content"] = [*content[:-1], {**content[-1], "text": content[-1]["text"] + _END_MARK}]
+    elif isinstance(content, str):
+        message["content"] = content + _END_MARK
+    else:
+        raise StatorError(
+            ErrorCode.INVALID_REQUEST,
+            f"continue_final_message: {where} has no text to go on with",
+            param=f"{where}.content",
+        )
 
 
 _PROBE = "xq7probe"

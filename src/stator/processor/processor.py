@@ -37,6 +37,7 @@ from stator.processor.feedback import RouteFeedback
 from stator.processor.generation import Generation, GenerationRequest, Shared
 from stator.processor.instances import DecodeInstances
 from stator.processor.output import OutputText
+from stator.processor.tokenization import Tokenization
 from stator.processor.tokenizer import ModelTokenizer
 from stator.processor.validation import SamplingDefaults
 from stator.runtime.directory import InstanceDirectory
@@ -75,7 +76,8 @@ class Processor:
     sampled requests that bring none. directory: tells of instances that left, and what each engine can resume; None:
     such things are learned from calls alone. Raises ConfigError for a chat template that does not compile.
 
-    Items of both endpoints are CompletionDelta; see there for their order. Owns its open requests until `close`.
+    Items of `chat` and `completions` are CompletionDelta; see there for their order. Owns its open requests until
+    `close`.
     """
 
     def __init__(
@@ -121,6 +123,14 @@ class Processor:
             reasoning_parser=self._settings.reasoning_parser,
             model_type=self._settings.model_type,
         )
+        self._tokenization = Tokenization(
+            models=self._models,
+            tokenizer=tokenizer,
+            chat_template=self._chat_template,
+            forms=self._forms,
+            max_model_len=max_model_len,
+            thread_chars=self._settings.thread_chars,
+        )
         self._new_call_id = new_call_id(rng.getrandbits)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._open: dict[Generation, None] = {}
@@ -132,12 +142,13 @@ class Processor:
     @property
     def num_open(self) -> int:
         """Requests accepted and not ended."""
-        return len(self._open) + self._num_encoding
+        return len(self._open) + self._num_encoding + self._tokenization.num_open
 
     def endpoints(self) -> list[Endpoint]:
         return [
             Endpoint("chat", ChatCompletionRequest, self.chat),
             Endpoint("completions", CompletionRequest, self.completions),
+            *self._tokenization.endpoints(),
         ]
 
     def chat(self, call: Call) -> None:
@@ -148,9 +159,18 @@ class Processor:
         """Endpoint `completions`: CompletionRequest in, CompletionDelta out."""
         self._guard(call, lambda: self._completions(call))
 
+    def tokenize(self, call: Call) -> None:
+        """Endpoint `tokenize`: TokenizeRequest in, one Tokenized out."""
+        self._tokenization.tokenize(call)
+
+    def detokenize(self, call: Call) -> None:
+        """Endpoint `detokenize`: DetokenizeRequest in, one Detokenized out."""
+        self._tokenization.detokenize(call)
+
     async def drain(self) -> None:
         """Wait until no request is open. The caller bounds the wait and first stops new ones."""
         await self._idle.wait()
+        await self._tokenization.drain()
 
     async def close(self) -> None:
         """End every open request with DRAINING. Idempotent."""
@@ -160,6 +180,7 @@ class Processor:
         self._feedback.close()
         self._bookings.close()
         self._instances.close()
+        await self._tokenization.close()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
         await self._idle.wait()
 

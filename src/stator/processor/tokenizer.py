@@ -100,7 +100,13 @@ class ModelTokenizer:
         return pack(array("I", [token.id for token in tokens]))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        # The batch form gives the interpreter lock away while it works.
+        return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
+
+    def strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it, which is not its text: bytes have names there. An id in a gap of the
+        vocabulary has none."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def detokenizer(self, *, skip_special_tokens: bool = True, shown_ids: frozenset[int] = _NO_IDS) -> Detokenizer:
         """A new one, for one output. shown_ids: special tokens that are not skipped; of the model, not of a request."""

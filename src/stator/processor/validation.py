@@ -24,24 +24,23 @@ from stator.messages.openai import (
     unsupported_field,
 )
 from stator.messages.openai_fields import UNSUPPORTED_UNLESS
+from stator.messages.openai_limits import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BIAS,
+    MAX_CHOICES,
+    MAX_ID_DIGITS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+    RANGES,
+)
 from stator.processor import model_files
 
 Request = ChatCompletionRequest | CompletionRequest
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
-MAX_STOP_TOKEN_IDS = 256
-MAX_ALLOWED_TOKEN_IDS = 4096
-MAX_LOGIT_BIAS = 1024
-MAX_TOP_LOGPROBS = 20
-"""As vLLM allows by default."""
-MAX_N = 128
-MAX_CHOICES = 512
-"""Of all prompts of a request together; each is a sequence in an engine."""
 DEFAULT_COMPLETION_TOKENS = 16
-MAX_ID_DIGITS = 10
-_INT32 = (-(2**31), 2**31 - 1)
-_INT64 = (-(2**63), 2**63 - 1)
 
 
 def _invalid(param: str, message: str) -> StatorError:
@@ -64,37 +63,14 @@ class SamplingDefaults:
         path = model_dir / model_files.GENERATION_CONFIG
         config = model_files.read_json(path)
         found: dict[str, Any] = {}
-        for name, (accepts, expected) in _RANGES.items():
+        for name, expected in RANGES.items():
             value = config.get(name)
             if name not in cls.__dataclass_fields__ or value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not accepts(value):
-                raise ConfigError(f"{path}: {name}: expected a number {expected}, found {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in expected:
+                raise ConfigError(f"{path}: {name}: expected a number {expected.words}, found {value!r}")
             found[name] = max(int(value), 0) if name == "top_k" else float(value)
         return cls(**found)
-
-
-def _between(low: float, high: float) -> tuple[Callable[[float], bool], str]:
-    return lambda value: low <= value <= high, f"between {low:g} and {high:g}"
-
-
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": _between(0, 2),
-    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "top_k": (lambda value: value == -1 or 0 <= value <= _INT32[1], "at least 0, or -1 for off"),
-    "min_p": _between(0, 1),
-    "presence_penalty": _between(-2, 2),
-    "frequency_penalty": _between(-2, 2),
-    "repetition_penalty": (lambda value: 0 < value < float("inf"), "above 0"),
-    "seed": (lambda value: _INT64[0] <= value <= _INT64[1], "a signed 64-bit integer"),
-    "priority": (lambda value: _INT32[0] <= value <= _INT32[1], "a signed 32-bit integer"),
-    "min_tokens": (lambda value: 0 <= value <= _INT32[1], "at least 0"),
-    "max_tokens": (lambda value: 1 <= value <= _INT32[1], "at least 1"),
-    "max_completion_tokens": (lambda value: 1 <= value <= _INT32[1], "at least 1"),
-    "n": _between(1, MAX_N),
-    "top_logprobs": _between(0, MAX_TOP_LOGPROBS),
-    "prompt_logprobs": _between(0, MAX_TOP_LOGPROBS),
-}
 
 
 def check_model(request: RequestFields, models: tuple[str, ...]) -> None:
@@ -135,7 +111,7 @@ def _advice(name: str) -> str:
 
 def _ranges_of(kind: type[Request]) -> tuple[Callable[[Request], tuple[Any, ...]], tuple[str, ...]]:
     """The values that have ranges, read in one call."""
-    names = tuple(name for name in _RANGES if name in kind.__struct_fields__)
+    names = tuple(name for name in RANGES if name in kind.__struct_fields__)
     return operator.attrgetter(*names), names
 
 
@@ -147,9 +123,9 @@ def check_ranges(request: Request) -> None:
     for name, value in zip(names, values(request), strict=True):
         if value is None:
             continue
-        accepts, expected = _RANGES[name]
-        if not accepts(value) and not (name == "max_tokens" and value == 0 and shows_prompt_only(request)):
-            raise _invalid(name, f"{name} must be {expected}, not {value}")
+        expected = RANGES[name]
+        if value not in expected and not (name == "max_tokens" and value == 0 and shows_prompt_only(request)):
+            raise _invalid(name, f"{name} must be {expected.words}, not {value}")
     if isinstance(request, ChatCompletionRequest) and request.top_logprobs and not request.logprobs:
         raise _invalid("top_logprobs", "top_logprobs needs logprobs to be true")
     if request.cache_salt == "":
@@ -166,8 +142,9 @@ def logit_bias(request: Request, num_ids: int) -> tuple[tuple[int, float], ...]:
     for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) <= MAX_ID_DIGITS):
             raise _invalid("logit_bias", f"logit_bias: its keys are token ids, not {key[:32]!r}")
-        if not -100 <= bias <= 100:
-            raise _invalid("logit_bias", f"logit_bias: a value must be between -100 and 100, not {bias}")
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            message = f"logit_bias: a value must be between {-MAX_BIAS} and {MAX_BIAS}, not {bias}"
+            raise _invalid("logit_bias", message)
         found[int(key)] = bias
     _check_in_vocabulary(list(found), num_ids, "logit_bias")
     return tuple(found.items())

@@ -121,7 +121,7 @@ def test_the_grammar_of_one_named_function() -> None:
     assert to_structural_tag(node)["format"]["elements"][1] == {
         "type": "json_schema",
         "json_schema": {"type": "object", "properties": {}, "additionalProperties": False},
-        "max_whitespace_cnt": 16,
+        "max_whitespace_cnt": 2,
     }
 
 

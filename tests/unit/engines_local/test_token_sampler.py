@@ -88,6 +88,13 @@ def test_limits_combine_in_order() -> None:
     assert probabilities(top_k=3, top_p=0.7) == [0.5714, 0.4286, 0, 0, 0]
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-38, 1e38, 1.7e308])
+def test_no_repetition_penalty_makes_a_logit_that_is_no_number(penalty: float):
+    # Warnings of numpy are errors here.
+    row = adjusted([2.0, -2.0, 0.5, 0.5], repetition_penalty=penalty, prompt_ids=[0], output_ids=[1])
+    assert np.isfinite(row).all()
+
+
 def test_penalties() -> None:
     start = [2.0, -2.0, 1.0, 0.5]
     history = {"prompt_ids": [0], "output_ids": [1, 2, 2]}

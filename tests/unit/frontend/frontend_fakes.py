@@ -20,6 +20,7 @@ from stator.messages.openai import (
     Usage,
 )
 from stator.messages.processor import CompletionDelta
+from stator.messages.tokenize import TokenizeRequest
 from stator.observability.metrics import Metrics
 from stator.transport import (
     Call,
@@ -105,6 +106,7 @@ async def frontend(
     fixture = Fixture(app, metrics, script)
     server.register(Endpoint("chat", ChatCompletionRequest, fixture.handle))
     server.register(Endpoint("completions", CompletionRequest, fixture.handle))
+    server.register(Endpoint("tokenize", TokenizeRequest, fixture.handle))
     await server.start()
     try:
         async with asyncio.timeout(timeout_s):

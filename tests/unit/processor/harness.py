@@ -219,11 +219,13 @@ class Harness:
 
 
 @asynccontextmanager
-async def harness(workers: list[str] | None = None, **options: Any) -> AsyncIterator[Harness]:
+async def harness(
+    workers: list[str] | None = None, *, template: str = fixtures.CHATML, **options: Any
+) -> AsyncIterator[Harness]:
     tokenizer = ModelTokenizer(
         fixtures.byte_level(),
         special_tokens={"bos_token": "<s>", "eos_token": "<|im_end|>"},
-        chat_template=(fixtures.CHATML, "test"),
+        chat_template=(template, "test"),
     )
     made = Harness(tokenizer, workers or ["w1"], **options)
     for server in made.servers:

@@ -95,8 +95,8 @@ def _in_slashes(text: str) -> str:
     return re.sub(r"[.^$*+?{}\[\]\\|()/]", r"\\\g<0>", text).replace("\n", "\\n")
 
 
-MAX_WHITESPACE_CHARS = 16
-"""Between two parts of a JSON value: room for a line break and an indent, not for an output of nothing else."""
+MAX_WHITESPACE_CHARS = 2
+"""Between two parts of a JSON value: models write one space, or none; a small one might write nothing else."""
 
 
 def to_structural_tag(node: Node, special_tokens: Mapping[str, int] | None = None) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def adjust_logits(row: F32, spec: SampleSpec, eos_token_ids: frozenset[int]) -> 
     output = _in_vocabulary(spec.output_ids or (), len(row))
     if params.repetition_penalty != 1.0:
         seen = np.union1d(output, _in_vocabulary(spec.prompt_ids or (), len(row)))
-        penalty = np.float32(params.repetition_penalty)
+        # Beyond this a logit would be no number any more.
+        penalty = np.float32(min(max(params.repetition_penalty, 1e-30), 1e30))
         row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
     if (params.frequency_penalty or params.presence_penalty) and len(output):
         tokens, counts = np.unique(output, return_counts=True)
