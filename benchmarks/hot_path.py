@@ -110,7 +110,7 @@ class Deployment:
     ) -> None:
         self.seconds: float = options.seconds
         self.pid = pid
-        self._port = port
+        self.port = port
         self._workers = workers
         self._client = client
         self._prompts = {kind: prompt_length(kind) for kind in PROMPTS}
@@ -129,7 +129,7 @@ class Deployment:
         self._seed += 1
         kind = prompts or self._kind
         job |= {"prompts": kind, "prompt_length": self._prompts[kind]}
-        job |= {"port": self._port, "model": NAME, "seed": self._seed, "fields": self._fields}
+        job |= {"port": self.port, "model": NAME, "seed": self._seed, "fields": self._fields}
         foreign = _busy_s() - cpu_s(self.pid)
         spin = spin_ms()
         split = psutil.Process(self.pid).cpu_times()

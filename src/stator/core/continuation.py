@@ -191,17 +191,18 @@ class Continuation:
         return Retry(self._exclude, delay)
 
     def _nobody(self, error: StatorError, waited_s: float) -> StatorError:
-        """When the wait is over: 503 with the time for a retry, unless the failure says as much by itself."""
+        """When the wait is over: 503 with the time for a retry, unless the failure says as much by itself. What a peer
+        said is not quoted: it may name addresses."""
         after = f"; waited {waited_s:g} s to continue after {len(self.received)} tokens" if self.received else ""
         retry_after_s = error.retry_after_s or RETRY_AFTER_S
         if error.code in _SAYS_WHY:
             return StatorError(error.code, error.message + after, retry_after_s=retry_after_s)
-        message = f"no worker is left that could take the request{after}; the last one failed: {error.message}"
+        message = f"no worker is left that could take the request{after}; the last one failed: {error.code.value}"
         return StatorError(ErrorCode.NO_INSTANCE, message, retry_after_s=retry_after_s)
 
     def not_resumable(self, field: str, why: str) -> StatorError:
         """field: that the request uses. why: what cannot be done about it, and by whom."""
-        lost = "the instance that ran it" if self.last_error is None else self.last_error.message
+        lost = "the instance that ran it" if self.last_error is None else self.last_error.code.value
         return StatorError(
             ErrorCode.NOT_RESUMABLE,
             f"the request ended after {len(self.received)} tokens ({lost}), and one with {field!r} cannot be "

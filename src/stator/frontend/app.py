@@ -18,6 +18,7 @@ from stator.frontend.anthropic import (
     MESSAGES_DIALECT,
     MESSAGES_PATH,
 )
+from stator.frontend.bodies import Bodies
 from stator.frontend.decisions import DECISION_PREFIX, DecisionView
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
@@ -72,6 +73,8 @@ class FrontendApp:
         self._metrics = metrics
         self._scrape = scrape
         self._rng = rng if rng is not None else random.Random()
+        bounds = settings if settings is not None else FrontendSettings()
+        self._bodies = Bodies(bounds.max_arriving_bodies, bounds.max_bodies_bytes)
         self.generation = Generation(
             client=client,
             targets=targets,
@@ -106,7 +109,7 @@ class FrontendApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"only HTTP is served here, not {scope['type']}")
-        http = HttpExchange(scope, receive, send, self._rng)
+        http = HttpExchange(scope, receive, send, self._rng, self._bodies)
         if http.path.startswith(MESSAGES_PATH):
             http.errors = ANTHROPIC_ERRORS
         try:
@@ -116,6 +119,8 @@ class FrontendApp:
         except Exception:
             logger.exception("request %s failed in the frontend", http.call_id)
             await http.fail(internal_error())
+        finally:
+            http.close()
 
     def _method_of(self, path: str) -> str | None:
         """The method that a path is served under; None for an unknown path."""

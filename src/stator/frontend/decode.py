@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from stator.errors import ErrorCode, StatorError
+from stator.frontend.bounds import check_bounds, check_messages, check_model
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from stator.messages.tokenize import DetokenizeRequest, TokenizeRequest
 from stator.messages.tools import Tool
@@ -59,12 +60,16 @@ def decode_tokenize(body: bytes) -> TokenizeRequest:
         if (value := getattr(request, name)) is not None:
             check_free_form(value, name)
     _check_messages(request.messages or ())
+    check_model(request.model)
+    check_messages(request.messages or ())
     return request
 
 
 def decode_detokenize(body: bytes) -> DetokenizeRequest:
     """Raises as decode_request."""
-    return decode_body(_DECODE_DETOKENIZE, body)
+    request = decode_body(_DECODE_DETOKENIZE, body)
+    check_model(request.model)
+    return request
 
 
 def decode_body(decode: Callable[[bytes], _T], body: bytes) -> _T:
@@ -121,6 +126,7 @@ def refuse_field(text: str, where: str = "") -> NoReturn:
 
 def check_request(request: ChatCompletionRequest | CompletionRequest) -> None:
     """What types cannot say. Raises as decode_request."""
+    check_bounds(request)
     if request.stream_options is not None and not request.stream:
         _refuse("'stream_options' is only allowed together with 'stream': true.", "stream_options")
     if request.response_format is not None or request.structured_outputs is not None:

@@ -1,6 +1,7 @@
 """One HTTP request and its answer over ASGI: body, ids, headers, OpenAI's error body."""
 
 import asyncio
+import logging
 import math
 import random
 import re
@@ -10,8 +11,12 @@ from typing import Any, Protocol
 
 import msgspec
 
+from stator.core.public_errors import TOLD, told
 from stator.errors import Ending, ErrorCode, StatorError
+from stator.frontend.bodies import Bodies
 from stator.messages.openai import ErrorBody, ErrorResponse
+
+logger = logging.getLogger(__name__)
 
 Scope = Mapping[str, Any]
 Message = dict[str, Any]
@@ -26,6 +31,7 @@ _EVENT_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")
 DISCARD_FACTOR = 4
 """A body that is too large is read on for so many times the bound, so that its sender gets to read why."""
 
+MAX_LENGTH_DIGITS = 18
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _CLOSES = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.REQUEST_TIMEOUT})
 
@@ -104,18 +110,21 @@ def retry_after_s(error: StatorError) -> int | None:
 
 
 def internal_error() -> StatorError:
-    return StatorError(ErrorCode.INTERNAL, "The server failed to answer this request; its log says why.")
+    return StatorError(ErrorCode.INTERNAL, TOLD[ErrorCode.INTERNAL])
 
 
 class HttpExchange:
     """request_id: what the client sent as x-request-id, or ours; every answer carries it.
 
     call_id: unique in the deployment, because a client may send one x-request-id many times; it begins with it.
-    errors: how failures are told before an answer has begun; may be set.
+    errors: how failures are told before an answer has begun; may be set. bodies: what those of all exchanges may take
+    together. To be closed at the end of the request.
     """
 
     __slots__ = (
+        "_bodies",
         "_failure",
+        "_held",
         "_send",
         "_started",
         "call_id",
@@ -129,7 +138,11 @@ class HttpExchange:
         "request_id",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, rng: random.Random) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, rng: random.Random, bodies: Bodies | None = None
+    ) -> None:
+        self._bodies = bodies
+        self._held = 0
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.query: bytes = scope.get("query_string", b"")
@@ -175,7 +188,11 @@ class HttpExchange:
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     async def fail(self, error: StatorError, headers: Headers = ()) -> None:
-        """Answer with the error; in a stream that has begun, as its last event."""
+        """Answer with the error, as clients may see it; in a stream that has begun, as its last event."""
+        public = told(error)
+        if public is not error:
+            logger.warning("request %s failed: %s: %s", self.call_id, error.code.value, error.message)
+            error = public
         if self._failure is not None and self._started:
             await self.finish_events(self._failure(error))
             return
@@ -214,21 +231,47 @@ class HttpExchange:
         if self.pipe is not None and (whole := self.pipe.whole_body()) is not None:
             if len(whole) > max_bytes:
                 raise _too_large(max_bytes)
+            self._hold(len(whole))
             return whole
+        deadline = asyncio.timeout(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with deadline:
+                if self._bodies is not None:
+                    self._bodies.arrives(deadline, asyncio.get_running_loop().time())
                 body = await self._collect(max_bytes)
         except TimeoutError:
             raise StatorError(
-                ErrorCode.REQUEST_TIMEOUT, f"The request body did not arrive within {timeout_s:g} seconds."
+                ErrorCode.REQUEST_TIMEOUT,
+                f"The request body did not arrive within {timeout_s:g} seconds, or before too many others.",
             ) from None
+        finally:
+            if self._bodies is not None:
+                self._bodies.arrived(deadline)
         if body is None:
             raise _too_large(max_bytes)
         return body
 
+    def _hold(self, num_bytes: int) -> None:
+        if self._bodies is None:
+            return
+        held = self._bodies.hold(num_bytes, self._held)
+        if held is None:
+            raise StatorError(
+                ErrorCode.OVERLOADED,
+                "This server has as many bytes of requests open as it may; try later, or send a smaller request.",
+                retry_after_s=1.0,
+            )
+        self._held = held
+
+    def close(self) -> None:
+        """Let others have the room of this request's body. Idempotent."""
+        if self._bodies is not None and self._held:
+            self._bodies.release(self._held)
+            self._held = 0
+
     def _declared_bytes(self) -> int:
         declared = self.headers.get(b"content-length", b"0")
-        return int(declared) if declared.isdigit() else 0
+        return int(declared) if declared.isdigit() and len(declared) <= MAX_LENGTH_DIGITS else 0
 
     async def _collect(self, max_bytes: int) -> bytes | None:
         """The body, or None when it is larger than max_bytes. What was sent decides, not what was declared."""
@@ -241,9 +284,11 @@ class HttpExchange:
             part: bytes = message.get("body", b"")
             size += len(part)
             if size <= max_bytes:
+                self._hold(size)
                 parts.append(part)
             else:
                 parts.clear()
+                self.close()
             more: bool = message.get("more_body", False)
             if not more or size > max_bytes * DISCARD_FACTOR:
                 return b"".join(parts) if size <= max_bytes else None

@@ -2,21 +2,29 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from stator.errors import ErrorCode, StatorError
+from stator.frontend.connections import OpenConnections
 from stator.frontend.http import PIPE, Headers, error_json
 from stator.frontend.settings import ConnectionSettings
+
+DISCARD_PAUSE_S = 0.005
+"""After each read of a body that is dropped, for each connection on which one is: they share about 50 MB a second."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
     """Implements frontend.http.Pipe, and adds to uvicorn's connection:
 
-    - a deadline and a size for a request's head; a deadline for a client that reads nothing
+    - a deadline and a size for a request's head, and for what frames its body; how many requests may wait in line
+    - a deadline for a client that reads nothing, also of one whose connection is being closed
+    - a connection that only waits is closed in time, whatever is sent on it that is no request; and sooner when there
+      are too many
     - an answer that is running is told when its client leaves, also with another request queued behind it
     - bytes that are no HTTP, behind a request that is being answered, do not break into its answer
     - an orderly end: see `hand_over`
@@ -37,14 +45,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_begun = False
         self._num_head_bytes = 0
+        self._num_field_bytes = 0
+        self._num_framing_bytes = 0
+        self._beyond: tuple[int, str] | None = None
         self._refused = False
         self._handed_over = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._discard_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
         self._on_leave: Callable[[], None] | None = None
         self._extensions: dict[str, Any] = {PIPE: self}
+        self._open = cast(OpenConnections[BoundedHttpProtocol], server_state.connections)
 
     @property
     def busy(self) -> bool:
@@ -54,11 +67,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._arm_head_timer()
+        surplus = self._open.take_surplus()
+        if surplus is not None:
+            surplus.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer = _cancel(self._head_timer)
         self._write_timer = _cancel(self._write_timer)
         self._idle_timer = _cancel(self._idle_timer)
+        self._stop_discarding()
         self.pipeline.clear()
         if self._running is not None and self.busy:
             self._running.disconnected = True
@@ -90,24 +107,83 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._idle_timer = self.loop.call_later(linger_s, self._check_idle)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        """As uvicorn's, without a log line for each connection that sends no HTTP."""
+        if self._refused or self.parser is None:
             return
         if self._in_head:
             self._num_head_bytes += len(data)
-        super().data_received(data)
+        else:
+            self._num_framing_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            """An upgrade is not supported; it is answered as a plain request."""
+        except httptools.HttpParserError:
+            self._refuse(*(self._beyond or (400, "Invalid HTTP request received.")))
+            return
+        limit = self._settings.max_head_bytes
         if not self._in_head:
+            if self._num_framing_bytes > limit:
+                self._refuse(400, f"The parts of a request's body are framed with more than {limit} bytes.")
             return
         if self._head_begun:
             # Not where it begins: a head that came whole needs no timer.
             self._arm_head_timer()
-        if self._num_head_bytes > self._settings.max_head_bytes:
-            limit = self._settings.max_head_bytes
-            self._refuse(431, f"The request line and headers are larger than the limit of {limit} bytes.")
+        if self._num_head_bytes > limit:
+            self._refuse(*self._head_too_large())
+
+    def _head_too_large(self) -> tuple[int, str]:
+        return 431, f"The request line and headers are larger than the limit of {self._settings.max_head_bytes} bytes."
+
+    def _stop_parsing(self, status: int, message: str) -> None:
+        """For the parser's callbacks. Nothing after what was just parsed is looked at."""
+        self._beyond = (status, message)
+        raise StatorError(ErrorCode.INVALID_REQUEST, message)
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= self._settings.max_pipelined:
+            self._stop_parsing(400, f"More than {self._settings.max_pipelined} requests wait on this connection.")
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
         self._head_begun = True
+        self._num_field_bytes = 0
+        self._idle_since = None
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_field(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Also called for the trailers of a body in chunks, which count with the headers."""
+        super().on_header(name, value)
+        self._count_field(len(name) + len(value))
+        if len(self.headers) > self._settings.max_headers:
+            self._stop_parsing(431, f"The request has more than {self._settings.max_headers} headers.")
+
+    def _count_field(self, num_bytes: int) -> None:
+        self._num_field_bytes += num_bytes
+        if self._num_field_bytes > self._settings.max_head_bytes:
+            self._stop_parsing(*self._head_too_large())
+
+    def on_body(self, body: bytes) -> None:
+        self._num_framing_bytes = 0
+        super().on_body(body)
+        if self.cycle.response_complete and self._discard_timer is None:
+            # Of a body that was refused; read now and then, so that what is dropped takes no time from the others.
+            self.flow.pause_reading()
+            self._open.num_discarding += 1
+            self._discard_timer = self.loop.call_later(DISCARD_PAUSE_S * self._open.num_discarding, self._discard_more)
+
+    def _stop_discarding(self) -> None:
+        if self._discard_timer is not None:
+            self._discard_timer.cancel()
+            self._discard_timer = None
+            self._open.num_discarding -= 1
+
+    def _discard_more(self) -> None:
+        self._stop_discarding()
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def on_headers_complete(self) -> None:
         self._in_head = self._head_begun = False
@@ -121,6 +197,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        self._idle_since = None
+        self._open.busy(self)
         if self._handed_over and not self.pipeline:
             cycle.keep_alive = False
         super()._start_asgi_task(cycle, app)
@@ -129,17 +207,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """As uvicorn's, but for the timer: one for a connection, not one for each of its requests."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
+            self._limit_closing()
             return
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
             return
+        self._open.waits(self)
         self._idle_since = self.loop.time()
         if self._idle_timer is None:
             self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._check_idle)
 
     def _unset_keepalive_if_required(self) -> None:
-        self._idle_since = None
+        """A request that begins ends the wait; bytes that begin none do not."""
 
     def _check_idle(self) -> None:
         self._idle_timer = None
@@ -148,8 +228,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         due = self._idle_since + self.timeout_keep_alive
         if self.loop.time() < due:
             self._idle_timer = self.loop.call_at(due, self._check_idle)
+        elif self.transport.get_write_buffer_size():
+            self.transport.abort()
         else:
-            self.timeout_keep_alive_handler()
+            self.transport.close()
 
     # Pipe.
 
@@ -227,12 +309,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._on_leave = None
             callback()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """An upgrade that is not supported is answered as a plain request."""
-
     def _arm_head_timer(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self._settings.head_timeout_s, self._head_late)
@@ -260,15 +336,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
+        self._limit_closing()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
+    def _limit_closing(self) -> None:
+        """A closed connection stays while there is something to write and its client does not read."""
+        if self.transport.get_write_buffer_size():
+            self._arm_write_timer()
+
+    def _arm_write_timer(self) -> None:
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(self._settings.write_timeout_s, self._write_late)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._arm_write_timer()
+
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._write_timer = _cancel(self._write_timer)
+        if not self.transport.is_closing():
+            self._write_timer = _cancel(self._write_timer)
 
     def _write_late(self) -> None:
         self._write_timer = None

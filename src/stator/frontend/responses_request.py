@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from stator.errors import ErrorCode, StatorError
+from stator.frontend.bounds import check_bounds
 from stator.frontend.decode import check_free_form, decode_body, refuse_field
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, TextPart
 from stator.messages.responses import (
@@ -325,7 +326,7 @@ def chat_request(request: ResponsesRequest, items: Iterable[Json]) -> ChatComple
     """items: the whole conversation. What chat refuses of it, it refuses under chat's names: `in_our_names`."""
     logprobs = wants_logprobs(request)
     passed_on: dict[str, Any] = {name: getattr(request, name) for name in PASSED_ON}
-    return ChatCompletionRequest(
+    chat = ChatCompletionRequest(
         model=request.model,
         messages=chat_messages(items, request.instructions),
         stream=request.stream,
@@ -338,6 +339,8 @@ def chat_request(request: ResponsesRequest, items: Iterable[Json]) -> ChatComple
         reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
         **passed_on,
     )
+    check_bounds(chat)
+    return chat
 
 
 def _tool(raw: Json, where: str) -> Tool:

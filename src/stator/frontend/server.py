@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 
 from stator.errors import ConfigError
 from stator.frontend.app import FrontendApp
+from stator.frontend.connections import OpenConnections, allowed_by_open_files
 from stator.frontend.protocol import BoundedHttpProtocol
 from stator.frontend.settings import ConnectionSettings
 
@@ -31,8 +32,8 @@ GC_THRESHOLD = 10_000
 """Container objects made and not freed between two looks of the garbage collector at the young ones."""
 
 
-class _InOrder(dict[Any, None]):
-    """As much of a set as uvicorn needs, in the order of arrival: ending what is open is done in that order too."""
+class _Tasks(dict[Any, None]):
+    """As much of a set as uvicorn needs, in the order of arrival, as OpenConnections."""
 
     def add(self, item: Any) -> None:
         self[item] = None
@@ -63,8 +64,7 @@ class FrontendServer:
         self._fd = fd
         self._settings = settings if settings is not None else ConnectionSettings()
         self._state = ServerState()
-        self._state.connections = _InOrder()  # type: ignore[assignment]
-        self._state.tasks = _InOrder()  # type: ignore[assignment]
+        self._state.tasks = _Tasks()  # type: ignore[assignment]
         self._server: asyncio.Server | None = None
         self._addresses: tuple[tuple[str, int], ...] = ()
         self._date_timer: asyncio.TimerHandle | None = None
@@ -86,6 +86,8 @@ class FrontendServer:
             # At NOTSET it formats a trace record for every connection, only to drop it.
             uvicorn_log.setLevel(logging.INFO)
         loop = asyncio.get_running_loop()
+        max_connections = allowed_by_open_files(self._settings.max_connections)
+        self._state.connections = OpenConnections[Any](max_connections)  # type: ignore[assignment]
         config = Config(
             self._app,  # type: ignore[arg-type]
             loop="none",
@@ -104,6 +106,8 @@ class FrontendServer:
             loop, lambda: BoundedHttpProtocol(config, self._state, loop, self._settings, self._connection_lost)
         )
         self._addresses = tuple(sock.getsockname()[:2] for sock in self._server.sockets)
+        for listening in self._server.sockets:
+            _bound_kernel_buffer(listening.fileno(), self._settings.kernel_receive_bytes)
         self._refresh_date()
         _settle_heap()
         logger.info("listening on %s", ", ".join(f"{host}:{port}" for host, port in self._addresses))
@@ -196,6 +200,14 @@ class FrontendServer:
                     await asyncio.wait(list(self._state.tasks))
         except TimeoutError:
             pass
+
+
+def _bound_kernel_buffer(fd: int, num_bytes: int) -> None:
+    """Of each connection that is accepted there, what the kernel takes that nobody has read. By itself it grows to
+    megabytes, and where many clients send what is not read, the system runs out of memory for TCP, and drops packets of
+    all."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, num_bytes)
 
 
 def _settle_heap() -> None:

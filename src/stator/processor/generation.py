@@ -350,7 +350,8 @@ class Generation:
                 " and ".join(continuation.victims),
             )
         elif continuation.received:
-            logger.error("request %s ends after %d tokens: %r", request_id, len(continuation.received), error)
+            num_received, last = len(continuation.received), continuation.last_error
+            logger.error("request %s ends after %d tokens: %r; before: %r", request_id, num_received, error, last)
 
     # Tokens
 

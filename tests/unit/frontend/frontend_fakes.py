@@ -85,7 +85,9 @@ class Fixture:
 
 @asynccontextmanager
 async def frontend(
-    script: Callable[[Call], None] = say_hello, settings: FrontendSettings | None = None
+    script: Callable[[Call], None] = say_hello,
+    settings: FrontendSettings | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> AsyncIterator[Fixture]:
     network = InProcessNetwork()
     server = RequestPlaneServer(Identity(), Listen(host=None, inproc_name="processor"), network=network)
@@ -108,7 +110,7 @@ async def frontend(
     server.register(Endpoint("tokenize", TokenizeRequest, fixture.handle))
     await server.start()
     try:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             yield fixture
     finally:
         await client.close()

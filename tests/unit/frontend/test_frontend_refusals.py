@@ -10,6 +10,7 @@ from frontend_fakes import MODEL, AsgiClient, ask, chat_body, delta, frontend, t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stator.core.public_errors import TOLD
 from stator.errors import ERRORS, Ending, ErrorCode, StatorError
 from stator.frontend.decode import CHAT, COMPLETIONS, decode_request
 from stator.frontend.health import HealthReport
@@ -155,7 +156,7 @@ def test_an_error_before_the_first_text_has_its_status(code: ErrorCode, stream: 
             answer = await ask(fe.app, "POST", CHAT_PATH, chat_body(stream=stream))
         assert answer.status == ERRORS[code].status
         assert answer.error == {
-            "message": "It failed.",
+            "message": TOLD.get(code, "It failed."),
             "type": ERRORS[code].openai_type,
             "param": "p",
             "code": code.value,

@@ -452,7 +452,8 @@ class LocalEngine:
         others."""
         failed = {chunk.sequence for chunk in self._computing}
         suspects = [s.sequence for s in self._streams.values() if s.sequence in failed and not s.started]
-        self._end_all(StatorError(ErrorCode.ENGINE_DEAD, f"the engine failed ({reason})"), suspects)
+        # The reason may quote anything; it goes to the log, and to whoever runs the worker.
+        self._end_all(StatorError(ErrorCode.ENGINE_DEAD, "the engine failed; its worker's log says why"), suspects)
         self._host.on_dead(reason)
 
     def _end_all(self, error: StatorError, suspects: Collection[LiveSequence] = ()) -> None:

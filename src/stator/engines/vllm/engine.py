@@ -19,6 +19,7 @@ from typing import Any
 
 from stator.config.hub import Needs, resolve_async
 from stator.core.hashing import block_hashes
+from stator.core.public_text import harmless
 from stator.core.sequence_limits import resumed_finish, validate
 from stator.engines.base import EngineHost, KvListener, NodePlace
 from stator.engines.sinks import end_sink, push_last
@@ -46,7 +47,6 @@ from stator.transport.base import Sink
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 10.0
-MAX_TOLD_CHARS = 300
 
 _FINISHED = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length": FinishReason.LENGTH}
 
@@ -293,8 +293,6 @@ class VllmEngine:
         except StatorError as error:
             self._fail(stream, error)
         except Exception as error:
-            if not (is_death(error) or is_refusal(error)):
-                logger.exception("vLLM did not take request %s", stream.request.request_id)
             self._fail(stream, self._as_error(error, stream))
         if stream.ended and stream.core_id is not None:
             await llm.abort(stream.core_id)
@@ -469,10 +467,12 @@ class VllmEngine:
 
     def _as_error(self, error: Exception, stream: _Stream) -> StatorError:
         if is_refusal(error) and stream.request.sampling.grammar is not None:
-            message = f"the form of the answer that was asked for cannot be used: {str(error)[:MAX_TOLD_CHARS]}"
+            message = f"the form of the answer that was asked for cannot be used: {harmless(str(error))}"
             return StatorError(ErrorCode.INVALID_REQUEST, message, param="grammar")
         if not is_death(error):
-            return StatorError(ErrorCode.INTERNAL, f"{type(error).__name__} in vLLM: {error}")
+            # Its text may quote anything, of the machine or of the request.
+            logger.error("vLLM failed in request %s", stream.request.request_id, exc_info=error)
+            return StatorError(ErrorCode.INTERNAL, "vLLM failed in this request; its worker's log says why")
         suspect = stream in self._suspects_of_death()
         code = ErrorCode.ENGINE_CRASHED if suspect else ErrorCode.ENGINE_DEAD
         return StatorError(code, "the engine's core process ended")
@@ -495,7 +495,7 @@ class VllmEngine:
     def _die(self, reason: str) -> None:
         if self._ended is None:
             self._suspects_of_death()
-            self._end_all(StatorError(ErrorCode.ENGINE_DEAD, f"the engine failed ({reason})"))
+            self._end_all(StatorError(ErrorCode.ENGINE_DEAD, "the engine failed; its worker's log says why"))
             self._host.on_dead(reason)
 
     def _end_all(self, error: StatorError) -> None:
