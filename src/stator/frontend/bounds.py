@@ -10,6 +10,7 @@ from operator import attrgetter
 
 from stator.errors import ErrorCode, StatorError
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest, RequestFields
+from stator.messages.openai_limits import MAX_CHOICES
 
 MAX_MODEL_CHARS = 256
 MAX_MESSAGES = 2048
@@ -19,7 +20,7 @@ MAX_CONTENT_PARTS = 2048
 MAX_CALLS = 128
 """Of one message; as many as a request may have tools."""
 MAX_NAME_CHARS = 256
-MAX_PROMPTS = 512
+MAX_PROMPTS = MAX_CHOICES
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
@@ -33,12 +34,12 @@ _LABELS = ("user", "cache_salt")
 _CHAT_LABELS = (*_LABELS, "safety_identifier", "prompt_cache_key")
 _CHAT_WORDS = ("reasoning_effort", "service_tier", "verbosity", "prompt_cache_retention")
 
-_TEXT: dict[str, int] = dict.fromkeys(_LABELS, MAX_LABEL_CHARS)
-_CHAT_TEXT: dict[str, int] = {
-    **dict.fromkeys(_CHAT_LABELS, MAX_LABEL_CHARS),
-    **dict.fromkeys(_CHAT_WORDS, MAX_WORD_CHARS),
-}
-_read_text, _read_chat_text = attrgetter(*_TEXT), attrgetter(*_CHAT_TEXT)
+_TEXT = tuple((name, MAX_LABEL_CHARS) for name in _LABELS)
+_CHAT_TEXT = (
+    *((name, MAX_LABEL_CHARS) for name in _CHAT_LABELS),
+    *((name, MAX_WORD_CHARS) for name in _CHAT_WORDS),
+)
+_read_text, _read_chat_text = attrgetter(*_LABELS), attrgetter(*_CHAT_LABELS, *_CHAT_WORDS)
 _NO_TEXT, _NO_CHAT_TEXT = (None,) * len(_TEXT), (None,) * len(_CHAT_TEXT)
 
 
@@ -90,8 +91,8 @@ def _check_metadata(metadata: dict[str, str]) -> None:
             raise _too_long(len(value), "metadata", "a value", MAX_METADATA_VALUE_CHARS)
 
 
-def _check_texts(request: RequestFields, bounds: dict[str, int]) -> None:
-    for name, max_chars in bounds.items():
+def _check_texts(request: RequestFields, bounds: tuple[tuple[str, int], ...]) -> None:
+    for name, max_chars in bounds:
         _check_text(getattr(request, name), name, max_chars)
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from stator.core import json_schema, structured
 from stator.core.tools import request as tools
+from stator.messages import openai_limits as validation
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from stator.messages.tools import FunctionDefinition, JsonSchemaFormat, ResponseFormat, StructuredOutputs, Tool
-from stator.processor import validation
 
 from .harness import harness
 
