@@ -10,6 +10,7 @@ import msgspec
 from stator.errors import ErrorCode, StatorError
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from stator.messages.tokenize import DetokenizeRequest, TokenizeRequest
+from stator.messages.tools import Tool
 
 CHAT = "chat"
 COMPLETIONS = "completions"
@@ -53,7 +54,8 @@ def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | Comple
 def decode_tokenize(body: bytes) -> TokenizeRequest:
     """Raises as decode_request."""
     request = _decode(_DECODE_TOKENIZE, body)
-    for name in ("tools", "chat_template_kwargs", "mm_processor_kwargs"):
+    _check_tools(request.tools)
+    for name in ("chat_template_kwargs", "mm_processor_kwargs"):
         if (value := getattr(request, name)) is not None:
             _check_free_form(value, name)
     _check_messages(request.messages or ())
@@ -128,9 +130,7 @@ def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
     for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
         if value is not None:
             _check_free_form(value, name)
-    for index, tool in enumerate(request.tools or ()):
-        if tool.function is not None and tool.function.parameters is not None:
-            _check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
+    _check_tools(request.tools)
     _check_messages(request.messages)
 
 
@@ -140,6 +140,12 @@ def _check_messages(messages: Sequence[ChatMessage]) -> None:
             _refuse_message_field(refused, f"messages[{index}]")
         if message.tool_calls is not None:
             _check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+
+
+def _check_tools(tools: Sequence[Tool] | None) -> None:
+    for index, tool in enumerate(tools or ()):
+        if tool.function is not None and tool.function.parameters is not None:
+            _check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
 
 
 def _check_form(request: ChatCompletionRequest | CompletionRequest) -> None:

@@ -414,6 +414,7 @@ def _explanation(first: CompletionDelta) -> Headers:
         (b"x-stator-instance", str(first.instance_id).encode("ascii", "replace")),
         (b"x-stator-overlap-blocks", b"%d" % (first.overlap_blocks or 0)),
         (b"x-stator-cost-ms", b"%.3f" % first.cost_ms),
+        (b"x-stator-phases", ", ".join(f"{name}={ms:.3f}" for name, ms in (first.phases_ms or {}).items()).encode()),
     )
 
 

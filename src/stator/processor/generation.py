@@ -126,6 +126,7 @@ class Generation:
         self._router_wait: RouterWait | None = None
         self._routerless_since: float | None = None
         self._over = False
+        self._started_at = self._decided_at = loop_time()
 
     def start(self) -> None:
         self._call.on_cancel(self._cancelled)
@@ -187,6 +188,7 @@ class Generation:
     def on_decision(self, attempt: Attempt, decision: RouteDecision) -> None:
         attempt.instance_id = decision.instance_id
         attempt.decision = decision
+        self._decided_at = loop_time()
         if attempt.router is not None:
             self.bookings.answered(attempt.router)
         self._routerless_since = None
@@ -451,7 +453,13 @@ class Generation:
         decision = None if self._attempt is None else self._attempt.decision
         if decision is None or self._call.context.headers.get(EXPLAIN_HEADER) != "1":
             return delta
-        return msgspec.structs.replace(delta, overlap_blocks=decision.overlap_blocks, cost_ms=decision.cost_ms)
+        route_s, engine_s = self._decided_at - self._started_at, loop_time() - self._decided_at
+        return msgspec.structs.replace(
+            delta,
+            overlap_blocks=decision.overlap_blocks,
+            cost_ms=decision.cost_ms,
+            phases_ms={"route": round(route_s * 1e3, 3), "engine": round(engine_s * 1e3, 3)},
+        )
 
     def _push(self, delta: CompletionDelta) -> None:
         self._num_pushed = self._output.num_tokens

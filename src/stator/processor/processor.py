@@ -119,18 +119,19 @@ class Processor:
             source, origin = tokenizer.chat_template
             self._chat_template = ChatTemplate(source, origin=origin, special_tokens=tokenizer.special_tokens)
         self._names = ServedNames(self._models, self._instances)
-        self._tokenization = Tokenization(
-            models=self._names,
-            tokenizer=tokenizer,
-            chat_template=self._chat_template,
-            max_model_len=max_model_len,
-            thread_chars=self._settings.thread_chars,
-        )
         self._forms = AnswerForms(
             tokenizer,
             tool_parser=self._settings.tool_parser,
             reasoning_parser=self._settings.reasoning_parser,
             model_type=self._settings.model_type,
+        )
+        self._tokenization = Tokenization(
+            models=self._names,
+            tokenizer=tokenizer,
+            chat_template=self._chat_template,
+            forms=self._forms,
+            max_model_len=max_model_len,
+            thread_chars=self._settings.thread_chars,
         )
         self._new_call_id = new_call_id(rng.getrandbits)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
