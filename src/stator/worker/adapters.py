@@ -2,7 +2,8 @@
 
 A load: the engine first, then discovery. An unload: discovery first; what callers send until they know of it is taken
 for SETTLE_S; then new requests for the adapter are refused, those that run are waited for, and what is left when the
-time is over is ended with DRAINING, so that it goes on where the adapter still is; the engine drops it last.
+time is over is ended so that it goes on where the adapter still is, or for good if that is nowhere; the engine drops it
+last.
 """
 
 import asyncio
@@ -176,10 +177,17 @@ class WorkerAdapters:
                 await self.user.adapter_idle(name)
             return 0
         except TimeoutError:
-            message = f"instance {self._instance_id} unloads the adapter {name!r}"
-            num_ended = self.user.end_adapter(name, StatorError(ErrorCode.DRAINING, message))
+            num_ended = self.user.end_adapter(name, self._unloaded(name))
             await self.user.adapter_idle(name)
             return num_ended
+
+    def _unloaded(self, name: str) -> StatorError:
+        """What its requests end with. Without another instance that has it they would wait for one in vain."""
+        others = self._directory.instances(role="decode", model=self._info.model, adapter=name)
+        if any(info.instance_id != self._instance_id for info in others):
+            return StatorError(ErrorCode.DRAINING, f"instance {self._instance_id} unloads the adapter {name!r}")
+        message = f"the adapter {name!r} was unloaded while the request ran, and no other worker has it"
+        return StatorError(ErrorCode.NO_INSTANCE, message)
 
     def _able(self) -> LoraEngine:
         if self._engine is None:
