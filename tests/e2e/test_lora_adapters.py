@@ -33,7 +33,7 @@ class Deployment:
         ]  # fmt: skip
         self.serve = Serve(command, state_dir=directory, env=env)
         self.serve.wait_for("Stator is ready", 60)
-        eventually(self.ready_workers, lambda number: number == 2)  # type: ignore[arg-type]
+        eventually(self.ready_workers, lambda number: number == 2)
 
     def lora(self, *arguments: str) -> tuple[int, dict[str, Any], str]:
         command = [sys.executable, "-m", "stator.cli.main", "lora", *arguments, *self.join, "--json"]
@@ -77,7 +77,7 @@ def check_an_adapter_comes_and_goes(deployment: Deployment, directory: Path) -> 
     assert code == 0 and [(c["instance"], c["outcome"]) for c in told["changes"]] == [(one, "loaded")]
     _, told, _ = deployment.lora("list")
     assert [(a["name"], a["model"], a["instance"]) for a in told["adapters"]] == [("odd", "tiny-llama", one)]
-    eventually(deployment.cards, lambda cards: cards == {"odd": "tiny-llama", "tiny-llama": None})  # type: ignore[arg-type]
+    eventually(deployment.cards, lambda cards: cards == {"odd": "tiny-llama", "tiny-llama": None})
 
     answers = [deployment.ask("odd") for _ in range(6)]
     assert [status for status, _ in answers] == [200] * 6
@@ -91,7 +91,7 @@ def check_an_adapter_comes_and_goes(deployment: Deployment, directory: Path) -> 
     assert sorted(change["outcome"] for change in told["changes"]) == ["already_loaded", "loaded"]
     code, told, _ = deployment.lora("unload", "odd", "--timeout", "5")
     assert code == 0 and [change["outcome"] for change in told["changes"]] == ["unloaded"] * 2
-    eventually(deployment.cards, lambda cards: cards == {"tiny-llama": None})  # type: ignore[arg-type]
+    eventually(deployment.cards, lambda cards: cards == {"tiny-llama": None})
     assert deployment.ask("odd")[0] == 404
     code, _, said = deployment.lora("unload", "odd")
     assert code == 2 and "no worker has the adapter 'odd'" in said
