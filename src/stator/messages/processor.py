@@ -60,6 +60,8 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     parsed: on the first delta of a choice: its answer has parts beside its text, or may have: reasoning and tool_calls,
     new since the last delta as text is.
+
+    stop_string: with the ending, if that was one of the request's stop strings: which.
     """
 
     text: str = ""
@@ -76,6 +78,7 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     parsed: bool = False
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = []
+    stop_string: str | None = None
 
 
 EXPLAIN_HEADER = "x-stator-explain"

@@ -482,7 +482,14 @@ class Generation:
     ) -> None:
         num_output = self._output.num_tokens
         first = instance_id if not self._num_pushed else None
-        last = CompletionDelta(text, num_output - self._num_pushed, ending, self._usage(), first)
+        last = CompletionDelta(
+            text,
+            num_output - self._num_pushed,
+            ending,
+            self._usage(),
+            first,
+            stop_string=self._output.stop_string,
+        )
         if told is not None:
             last = msgspec.structs.replace(last, tokens=told.tokens, prompt=told.prompt)
         if self._details is not None and self._details.reader is not None:
