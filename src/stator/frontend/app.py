@@ -122,7 +122,11 @@ class FrontendApp:
         known = self._routes.get(path)
         if known is not None:
             return known[0]
-        return "GET" if any(path.startswith(p) and path != p for p in (MODEL_PREFIX, DECISION_PREFIX)) else None
+        return (
+            "GET"
+            if any(path.startswith(p) and path != p for p in (MODEL_PREFIX, DECISION_PREFIX, RESPONSES_PREFIX))
+            else None
+        )
 
     async def _route(self, http: HttpExchange) -> None:
         if http.path.startswith(RESPONSES_PREFIX):
