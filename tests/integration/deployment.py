@@ -128,6 +128,7 @@ class Deployment:
     store: MemoryKeyStore = field(default_factory=MemoryKeyStore)
     nodes: list[Node] = field(default_factory=list)
     party: Party | None = None
+    make_engine: Callable[[dict[str, Any], FakeRunner], LocalEngine] | None = None
 
     def __post_init__(self) -> None:
         self.discovery: Discovery = MemoryDiscovery(self.store) if self.party is None else self.party.discovery
@@ -147,7 +148,10 @@ class Deployment:
         await server.start()
         values = {"model": "m", "block_size": 4, "max_num_batched_tokens": 64, "max_num_seqs": 16, **self.args, **args}
         runner = FakeRunner(block_size=values["block_size"], num_blocks=values.pop("num_blocks", 256))
-        engine = LocalEngine(LocalEngineArgs(**values), runner_factory=lambda _: runner, rng=Random(1))
+        if self.make_engine is not None:
+            engine = self.make_engine(values, runner)
+        else:
+            engine = LocalEngine(LocalEngineArgs(**values), runner_factory=lambda _: runner, rng=Random(1))
         dead: list[str] = []
         host = WorkerHost(instance_id=identity.instance_id, client=client, server=server, on_dead=dead.append)
         info = await engine.start(host)
@@ -204,11 +208,13 @@ class Deployment:
         await self.directory.wait_for(lambda d: d.get(info.instance_id) == info, 5)
         return lease
 
-    def generate(self, node: Node, prompt: Sequence[int], max_tokens: int = 8, **sampling: Any) -> Result:
+    def generate(
+        self, node: Node, prompt: Sequence[int], max_tokens: int = 8, lora_name: str | None = None, **sampling: Any
+    ) -> Result:
         result = Result()
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **sampling)
         request_id = RequestId(f"r{id(result)}")
-        request = EngineRequest(request_id=request_id, prompt_ids=pack(prompt), sampling=params)
+        request = EngineRequest(request_id=request_id, prompt_ids=pack(prompt), sampling=params, lora_name=lora_name)
         target = Target(node.server.addresses, "generate", node.instance_id)
         result.handle = self.client.open(target, request, result, context=CallContext(request_id), item_type=TokenDelta)
         return result
@@ -249,9 +255,14 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployed(lease_ttl_s: float = 10.0, party: Party | None = None, **args: Any) -> AsyncIterator[Deployment]:
-    """party: of the control plane to use, which stays open; without one, memory."""
-    deployment = Deployment(lease_ttl_s, args, party=party)
+async def deployed(
+    lease_ttl_s: float = 10.0,
+    party: Party | None = None,
+    make_engine: Callable[[dict[str, Any], FakeRunner], LocalEngine] | None = None,
+    **args: Any,
+) -> AsyncIterator[Deployment]:
+    """party: of the control plane to use, which stays open; without one, memory. make_engine: by default local ones."""
+    deployment = Deployment(lease_ttl_s, args, party=party, make_engine=make_engine)
     await deployment.directory.start()
     try:
         yield deployment

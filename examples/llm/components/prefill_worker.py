@@ -3,6 +3,7 @@
 from stator import worker
 from stator.graph import ServiceContext, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.kv_events import KvItem, KvSubscribe
+from stator.messages.lora import LoadLora, LoraLoaded, LoraUnloaded, UnloadLora
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.observability.reporting import Reporter, with_stalls
 from stator.transport import Call
@@ -20,6 +21,14 @@ class PrefillWorker:
         if info is None:
             return  # A further node of an engine over several: its first node takes the requests.
         context.info_fields(model=info.model, engine=info)
+        self.adapters = worker.WorkerAdapters(
+            engine=self.engine,
+            info=info,
+            instance_id=context.instance_id,
+            directory=context.directory,
+            show=context.show_adapters,
+        )
+        await context.show_adapters(self.adapters.shown)
         self.jobs = worker.PrefillWorker(
             engine=self.engine,
             info=info,
@@ -27,6 +36,7 @@ class PrefillWorker:
             queue=context.queue(worker.prefill_queue(info)),
             lease=context.lease,
             rng=context.rng,
+            adapters=self.adapters,
         )
         await self.jobs.start()
         context.counts_open(lambda: self.jobs.num_open)
@@ -48,6 +58,16 @@ class PrefillWorker:
         """The KV blocks this worker holds, and every change, for routers."""
         self.kv_publisher.kv_events(call)
 
+    @endpoint
+    async def load_lora(self, request: LoadLora) -> LoraLoaded:
+        """Load a LoRA adapter while this worker runs: `stator lora load`."""
+        return await self.adapters.load(request)
+
+    @endpoint
+    async def unload_lora(self, request: UnloadLora) -> LoraUnloaded:
+        """Let an adapter's requests finish, and drop it."""
+        return await self.adapters.unload(request)
+
     @on_drain
     async def drain(self) -> None:
         await self.jobs.drain()
@@ -57,5 +77,6 @@ class PrefillWorker:
         self.watchdog.close()
         self.reporter.close()
         await self.kv_publisher.close()
+        await self.adapters.close()
         await self.jobs.close()
         await self.engine.stop()

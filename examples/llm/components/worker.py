@@ -5,6 +5,7 @@ from stator import worker
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.engine import EngineRequest, PrefillDone, PrefillDoneReply, PrefillTaken, TokenDelta
 from stator.messages.kv_events import KvItem, KvSubscribe
+from stator.messages.lora import LoadLora, LoraLoaded, LoraUnloaded, UnloadLora
 from stator.messages.reports import ReportRequest, WorkerReport
 from stator.observability.reporting import Reporter, with_stalls
 from stator.transport import Call
@@ -24,6 +25,14 @@ class VllmWorker:
         if info is None:
             return  # A further node of an engine over several: its first node takes the requests.
         context.info_fields(model=info.model, engine=info)
+        self.adapters = worker.WorkerAdapters(
+            engine=self.engine,
+            info=info,
+            instance_id=context.instance_id,
+            directory=context.directory,
+            show=context.show_adapters,
+        )
+        await context.show_adapters(self.adapters.shown)
         self.requests = worker.DecodeWorker(
             engine=self.engine,
             info=info,
@@ -31,6 +40,7 @@ class VllmWorker:
             policy=worker.disagg_policy(context.config),
             queue=context.queue(worker.prefill_queue(info)),
             directory=context.directory,
+            adapters=self.adapters,
         )
         self.requests.follow_settings(context.follow_setting)
         await self.requests.start()
@@ -68,6 +78,16 @@ class VllmWorker:
         """The KV blocks this worker holds, and every change, for routers."""
         self.kv_publisher.kv_events(call)
 
+    @endpoint
+    async def load_lora(self, request: LoadLora) -> LoraLoaded:
+        """Load a LoRA adapter while this worker runs: `stator lora load`."""
+        return await self.adapters.load(request)
+
+    @endpoint
+    async def unload_lora(self, request: UnloadLora) -> LoraUnloaded:
+        """Let an adapter's requests finish, and drop it."""
+        return await self.adapters.unload(request)
+
     @on_drain
     async def drain(self) -> None:
         await self.requests.drain()
@@ -77,5 +97,6 @@ class VllmWorker:
         self.watchdog.close()
         self.reporter.close()
         await self.kv_publisher.close()
+        await self.adapters.close()
         await self.requests.close()
         await self.engine.stop()

@@ -13,6 +13,7 @@ from stator.cli.certs import certs_app
 from stator.cli.config import config_app
 from stator.cli.engine import VLLM_CPU, TorchIndex, Wheels, engine_app, install_engine
 from stator.cli.hub import hub
+from stator.cli.lora_commands import lora_app
 from stator.cli.overrides import split_overrides
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ typer_app = typer.Typer(
 typer_app.add_typer(engine_app)
 typer_app.add_typer(config_app)
 typer_app.add_typer(certs_app)
+typer_app.add_typer(lora_app)
 
 
 class DemoEngine(StrEnum):

@@ -169,7 +169,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
-    lora_modules: Annotated[dict[str, str], Meta(description="LoRA adapters: name and directory (engine vllm).")] = {}
+    lora_modules: Annotated[
+        dict[str, str], Meta(description="LoRA adapters: name and directory (engines vllm and sim).")
+    ] = {}
     engine_args: dict[str, Any] = {}
     engine_arg_origins: dict[str, str] = {}
     engine_args_ignored: tuple[str, ...] = ()

@@ -4,7 +4,8 @@ The rule (DESIGN.md, "One request", step 4): remotely when remote prefill is on,
 and, with conditional disaggregation, the part of the prompt that is not cached here is longer than
 `max_local_prefill_length` while fewer than `max_prefill_queue_size` jobs wait. With `conditional_disagg` off every
 prompt is prefilled remotely as long as somebody is there to do it. While the queue is away, nothing is: finding that
-out for each request would cost it a time-out before its first token.
+out for each request would cost it a time-out before its first token. Nor is a request for a LoRA adapter that not all
+prefill instances have: they share one queue, and one without it could only give the job back.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class DisaggPolicy:
 class Reason(StrEnum):
     OFF = "remote-prefill is off"
     NO_PREFILL_INSTANCE = "no prefill instance lives"
+    NO_ADAPTER = "a prefill instance does not have the LoRA adapter"
     QUEUE_AWAY = "the prefill queue cannot be reached"
     SHORT = "uncached part is short"
     QUEUE_FULL = "prefill queue is full"
@@ -45,13 +47,17 @@ def choose_prefill(
     num_waiting_jobs: int,
     num_prefillers: int,
     queue_answers: bool = True,
+    adapter_everywhere: bool = True,
 ) -> PrefillChoice:
     """num_cached_tokens: leading prompt tokens in the decode engine's prefix cache. num_waiting_jobs: in the queue.
-    queue_answers: False when a job could not be put there now, or only after a time-out."""
+    queue_answers: False when a job could not be put there now, or only after a time-out. adapter_everywhere: False when
+    the request is for a LoRA adapter that some of the prefill instances lack: any of them may get the job."""
     if not policy.remote_prefill:
         return PrefillChoice(False, Reason.OFF)
     if num_prefillers == 0:
         return PrefillChoice(False, Reason.NO_PREFILL_INSTANCE)
+    if not adapter_everywhere:
+        return PrefillChoice(False, Reason.NO_ADAPTER)
     if not queue_answers:
         return PrefillChoice(False, Reason.QUEUE_AWAY)
     if not policy.conditional_disagg:

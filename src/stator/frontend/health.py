@@ -102,12 +102,21 @@ def _by_pairing(instances: Iterable[InstanceInfo], role: str) -> dict[_Kind, lis
 
 
 def models_of(instances: Iterable[InstanceInfo], created: int) -> list[ModelCard]:
-    """One card per served model that has a decode worker, by name. created: Unix seconds, for all of them."""
+    """One card per served model that has a decode worker, and per LoRA adapter that one of its workers has, by name. A
+    model comes before an adapter of the same name. created: Unix seconds, for all of them."""
     lengths: dict[str, int | None] = {}
+    parents: dict[str, str] = {}
     for instance in instances:
         if instance.model is not None and instance.role == DECODE:
             length = instance.engine.max_model_len if instance.engine else None
             known = lengths.get(instance.model)
             # Workers of one model may differ; promise what each of them can do.
             lengths[instance.model] = min((n for n in (length, known) if n is not None), default=None)
-    return [ModelCard(id=model, created=created, max_model_len=lengths[model]) for model in sorted(lengths)]
+            for adapter in instance.adapters:
+                parents.setdefault(adapter.name, instance.model)
+    return [
+        ModelCard(name, created, lengths[name])
+        if name in lengths
+        else ModelCard(name, created, lengths[parents[name]], parent=parents[name])
+        for name in sorted(lengths.keys() | parents.keys())
+    ]

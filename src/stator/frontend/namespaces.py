@@ -146,6 +146,7 @@ class Namespaces:
         self._clients = (client, *others)
         self._changed = asyncio.Event()
         self._served: dict[str, int] = {}
+        self._parents: list[dict[str, str]] = []
         self._processors: list[list[InstanceInfo]] = [[] for _ in others]
         self._unsubscribe: list[Callable[[], None]] = []
         self.client: TransportClient = _FarClient(client) if others else client
@@ -161,7 +162,10 @@ class Namespaces:
     def of_model(self, model: str) -> Targets:
         """The Processors to ask for that model: our own if nobody has it, who then say so."""
         index = self._served.get(model, 0)
-        return self._own_targets if index == 0 else partial(self._far_targets, index - 1, model)
+        if index == 0:
+            return self._own_targets
+        # A Processor says which model is its own; the adapters of it are its own as well.
+        return partial(self._far_targets, index - 1, self._parents[index].get(model, model))
 
     def everywhere(self, endpoint: str) -> list[Target]:
         """The Processors of all namespaces."""
@@ -191,6 +195,7 @@ class Namespaces:
     def _on_change(self, _change: DirectoryChange) -> None:
         instances = self._instances()
         self._served = served_by(instances)
+        self._parents = [{c.id: c.parent for c in models_of(each, 0) if c.parent is not None} for each in instances]
         self._processors = [[info for info in others if info.role == PROCESSOR] for others in instances[1:]]
         self._changed.set()
         self._changed = asyncio.Event()

@@ -12,6 +12,7 @@ from stator.graph.protocol import Serving
 from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo
 from stator.messages.instances import InstanceInfo, InstanceState
+from stator.messages.lora import LoraAdapter
 from stator.queue.base import JobQueue
 from stator.runtime.context import Clocks
 from stator.runtime.directory import InstanceDirectory
@@ -28,6 +29,11 @@ class InfoFields:
     role: str
     model: str | None = None
     engine: EngineInfo | None = None
+    adapters: tuple[LoraAdapter, ...] = ()
+
+
+async def _nothing() -> None:
+    pass
 
 
 @dataclass(slots=True)
@@ -40,6 +46,7 @@ class ServiceContext:
     for clients, of the supervisor, which the copies and their successors share; None for one that opens its own.
     join_command: starts this service on one more node. stalls: of this process's predecessors.
     settings: of the deployment, which the process follows. origins: where each option of config was written.
+    announce_again: see `show_adapters`.
     handed_over: set before the on_drain hooks run: others accept clients from the socket, now or soon.
     client, discovery, lease, directory and network are shared by the services of one process; server, instance_id and
     tasks are this instance's own. tasks are cancelled after the on_stop hooks.
@@ -77,6 +84,7 @@ class ServiceContext:
     handed_over: bool = False
     num_open: Callable[[], int] = field(default=lambda: 0, repr=False)
     stop_following: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
+    announce_again: Callable[[], Awaitable[None]] = field(default=_nothing, repr=False)
 
     def queue(self, name: str) -> JobQueue:
         """The deployment's queue of that name; the same object for the same name. Closed with the process."""
@@ -101,6 +109,13 @@ class ServiceContext:
         self.fields.model = model if model is not None else self.fields.model
         self.fields.engine = engine if engine is not None else self.fields.engine
         self.fields.role = role if role is not None else self.fields.role
+
+    async def show_adapters(self, adapters: tuple[LoraAdapter, ...]) -> None:
+        """Say which LoRA adapters this instance has, at any time; before it is announced this only notes them.
+
+        While discovery cannot be reached the change waits for it."""
+        self.fields.adapters = adapters
+        await self.announce_again()
 
     def report_serving(self, url: str, model: str) -> None:
         """Tell the user who started this node that requests for `model` can be finished at `url` from now on."""
@@ -141,4 +156,5 @@ class ServiceContext:
             state=state,
             model=self.fields.model,
             engine=self.fields.engine,
+            adapters=self.fields.adapters,
         )

@@ -1,11 +1,13 @@
 """One running service: its object, its server, its hooks."""
 
+import asyncio
 import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+from stator.errors import ErrorCode, StatorError
 from stator.graph.context import ServiceContext
 from stator.graph.service import EndpointSpec, EndpointStyle, ServiceSpec
 from stator.messages.instances import DRAIN_ENDPOINT, STATUS_ENDPOINT, InstanceState
@@ -28,6 +30,9 @@ class RunningService:
         self.instance = instance
         self._call_tasks = call_tasks
         self._started = False
+        self._announced: tuple[InstanceState, int] | None = None
+        self._announcing = asyncio.Lock()
+        context.announce_again = self._announce_again
 
     async def start(self) -> None:
         """Run the on_start hooks, then take calls. Raises what a hook raises."""
@@ -51,8 +56,27 @@ class RunningService:
         context = self.context
         if context.stop_following is not None:
             return
+        self._announced = state, pid
+        await self._register()
+
+    async def _announce_again(self) -> None:
+        """With what the service says of itself now."""
+        try:
+            await self._register()
+        except StatorError as error:
+            if error.code is not ErrorCode.INSTANCE_LOST:
+                raise
+            logger.warning("%s shows its change to others when the hub is back: %s", self.spec.name, error)
+
+    async def _register(self) -> None:
+        context = self.context
         names = (*(endpoint.name for endpoint in self.spec.endpoints), DRAIN_ENDPOINT, STATUS_ENDPOINT)
-        await register_instance(context.discovery, context.lease, context.info(state, endpoints=names, pid=pid))
+        # One at a time, so that the last one to say something is the last one that discovery hears.
+        async with self._announcing:
+            if self._announced is None:
+                return
+            state, pid = self._announced
+            await register_instance(context.discovery, context.lease, context.info(state, endpoints=names, pid=pid))
 
     async def drain(self) -> None:
         for hook in self.spec.drain_hooks if self._started else ():

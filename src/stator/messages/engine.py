@@ -195,7 +195,8 @@ class PrefillJob(msgspec.Struct, frozen=True, omit_defaults=True):
     """A prompt to prefill for a decode worker; the payload of the prefill queue.
 
     pairing: the decode engine's `EngineInfo.pairing`; a prefill worker with another one must not take the job.
-    decode_instance and decode_addresses: whom to tell.
+    decode_instance and decode_addresses: whom to tell. adapter: `LoraAdapter.digest` of the decode engine's adapter; a
+    prefill worker with another one must not take the job.
     """
 
     job_id: JobId
@@ -203,6 +204,7 @@ class PrefillJob(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_instance: InstanceId
     decode_addresses: tuple[str, ...]
     pairing: dict[str, str]
+    adapter: str = ""
 
 
 class PrefillDone(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -6,6 +6,7 @@ import msgspec
 
 from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo
+from stator.messages.lora import LoraAdapter
 
 
 class InstanceState(StrEnum):
@@ -19,7 +20,8 @@ class InstanceInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     service: the service's name in the graph, e.g. VllmWorker. role: what callers use it for ("decode", "prefill",
     "frontend", ...), so that a user's own class may take a role under another name.
     addresses: of its request plane, best first: `tcp://host:port`, `unix:///path`, `inproc://name`.
-    model: served model name that callers ask for; None for services without one.
+    model: served model name that callers ask for; None for services without one. adapters: LoRA adapters of it that the
+    engine has now.
     """
 
     instance_id: InstanceId
@@ -32,6 +34,10 @@ class InstanceInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     state: InstanceState = InstanceState.READY
     model: str | None = None
     engine: EngineInfo | None = None
+    adapters: tuple[LoraAdapter, ...] = ()
+
+    def adapter(self, name: str) -> LoraAdapter | None:
+        return next((adapter for adapter in self.adapters if adapter.name == name), None)
 
 
 def instance_key(service: str, instance_id: InstanceId) -> str:

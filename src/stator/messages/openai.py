@@ -240,13 +240,15 @@ class TextCompletion(msgspec.Struct, frozen=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """id: the served name. max_model_len: prompt and output tokens, as vLLM's extension names it."""
+    """id: the served name. max_model_len: prompt and output tokens, parent: of a LoRA adapter its model, as vLLM's
+    extensions name them."""
 
     id: str
     created: int
     max_model_len: int | None = None
     owned_by: str = "stator"
     object: Literal["model"] = "model"
+    parent: str | None = None
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -101,6 +101,8 @@ class RouteRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     begun: a router has placed requests of this caller before; one that has just started need not wait for min-workers.
     booked_on: the request runs there, and its booking was lost with a router: it is booked anew, and nothing is
     chosen. started: its first token has come, so that no prefill is ahead.
+
+    lora_name: a LoRA adapter of the model, which the instance must have.
     """
 
     model: str
@@ -114,6 +116,7 @@ class RouteRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     begun: bool = False
     booked_on: InstanceId | None = None
     started: bool = False
+    lora_name: str | None = None
 
 
 class RouteDecision(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -54,7 +54,8 @@ _ENDINGS = {FinishReason.STOP: Ending.STOP, FinishReason.LENGTH: Ending.LENGTH}
 @dataclass(slots=True)
 class GenerationRequest:
     """model: the name the router knows. stop_ids: ids that end the output (eos unless ignored, and stop_token_ids).
-    stops: strings that do. grammar_param: the client's field that asks for `sampling.grammar`."""
+    stops: strings that do. grammar_param: the client's field that asks for `sampling.grammar`. lora_name: an adapter of
+    the model."""
 
     model: str
     prompt_ids: TokenBuffer
@@ -65,6 +66,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: str | None = None
     grammar_param: str | None = None
+    lora_name: str | None = None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -154,7 +156,7 @@ class Generation:
         request, received = self._request, self._continuation.received
         exclude = self._continuation.exclude
         if received:
-            unable, ask = self.instances.unable(request.model, request.sampling)
+            unable, ask = self.instances.unable(request.model, request.sampling, request.lora_name)
             if not ask:
                 self._follow(GiveUp(self._not_resumable(next(iter(unable.values())))))
                 return
@@ -169,6 +171,7 @@ class Generation:
             begun=self.bookings.begun,
             priority=request.priority,
             resumed=bool(received or self._continuation.exclude),
+            lora_name=request.lora_name,
         )
         attempt = self._attempt = Attempt(self)
         try:
@@ -202,6 +205,7 @@ class Generation:
             resume_ids=pack(self._continuation.received),
             priority=request.priority,
             cache_salt=request.cache_salt,
+            lora_name=request.lora_name,
         )
         target = _generate_target(decision.addresses, decision.instance_id)
         self.instances.opened(decision.instance_id, attempt)
@@ -245,6 +249,7 @@ class Generation:
             begun=True,
             booked_on=attempt.instance_id,
             started=attempt.started,
+            lora_name=self._request.lora_name,
         )
         sink = RebookSink(attempt, router, started=attempt.started)
         attempt.booking = self._client.open(router, again, sink, context=self._context, item_type=RouteDecision)
@@ -285,7 +290,7 @@ class Generation:
                 self._routerless_since = loop_time()
             self._begin_attempt()
             return
-        known = self.instances.any_ready(self._request.model)
+        known = self.instances.any_ready(self._request.model, self._request.lora_name)
         self._follow(self._continuation.on_router_failure(error, loop_time(), instance_known=known))
 
     def on_engine_failure(self, attempt: Attempt, instance_id: InstanceId, error: StatorError) -> None:

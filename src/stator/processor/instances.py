@@ -13,7 +13,7 @@ from stator.core.resuming import first_used
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId
 from stator.messages.engine import SamplingParams
-from stator.messages.instances import InstanceState
+from stator.messages.instances import InstanceInfo, InstanceState
 from stator.processor.suspects import SuspectLine
 from stator.runtime.directory import DirectoryChange, InstanceDirectory
 
@@ -47,6 +47,7 @@ class DecodeInstances:
         self._gone: dict[InstanceId, None] = {}
         self._cannot_resume: dict[InstanceId, tuple[str, ...]] = {}
         self._lacking: dict[InstanceId, tuple[str, ...]] = {}
+        self._adapters: dict[str | None, frozenset[str]] | None = None
         self._unsubscribe = None if directory is None else directory.subscribe(self._changed)
 
     @property
@@ -84,23 +85,41 @@ class DecodeInstances:
         """Whether discovery shows it here. Without a directory every instance is."""
         return self._directory is None or self._directory.get(instance_id) is not None
 
-    def any_ready(self, model: str) -> bool:
-        """Whether discovery shows an instance of the model that takes requests."""
-        return self._directory is not None and bool(self._directory.instances(role=DECODE_ROLE, model=model))
+    def any_ready(self, model: str, lora_name: str | None = None) -> bool:
+        """Whether discovery shows an instance of the model, with the adapter, that takes requests."""
+        return bool(self._ready(model, lora_name))
+
+    def adapters(self, model: str) -> frozenset[str]:
+        """Names of the LoRA adapters that any instance of the model has, ready or not."""
+        if self._directory is None:
+            return frozenset()
+        if self._adapters is None:
+            found: dict[str | None, set[str]] = {}
+            for info in self._directory.instances(role=DECODE_ROLE, ready_only=False):
+                found.setdefault(info.model, set()).update(adapter.name for adapter in info.adapters)
+            self._adapters = {name: frozenset(adapters) for name, adapters in found.items()}
+        return self._adapters.get(model, frozenset())
+
+    def _ready(self, model: str, lora_name: str | None) -> list[InstanceInfo]:
+        if self._directory is None:
+            return []
+        return self._directory.instances(role=DECODE_ROLE, model=model, adapter=lora_name)
 
     def obstacle(self, instance_id: InstanceId, sampling: SamplingParams) -> str | None:
         """The sampling field because of which that instance cannot continue the request."""
         fields = self._cannot_resume.get(instance_id)
         return None if fields is None else first_used(sampling, fields)
 
-    def unable(self, model: str, sampling: SamplingParams) -> tuple[dict[InstanceId, str], bool]:
+    def unable(
+        self, model: str, sampling: SamplingParams, lora_name: str | None = None
+    ) -> tuple[dict[InstanceId, str], bool]:
         """(instances that cannot continue the request, with the field; whether to ask for another: one of the model
         can, or none is there and one may come)."""
         kinds = {fields: first_used(sampling, fields) for fields in set(self._cannot_resume.values())}
         if self._directory is None or not any(kinds.values()):
             return {}, True
         unable = {i: field for i, fields in self._cannot_resume.items() if (field := kinds[fields]) is not None}
-        ready = self._directory.instances(role=DECODE_ROLE, model=model)
+        ready = self._ready(model, lora_name)
         return unable, not ready or any(info.instance_id not in unable for info in ready)
 
     def lacking(self, model: str, sampling: SamplingParams) -> tuple[str, str] | None:
@@ -117,6 +136,7 @@ class DecodeInstances:
         return found
 
     def _changed(self, change: DirectoryChange) -> None:
+        self._adapters = None
         for info in change.added:
             self._gone.pop(info.instance_id, None)
         for info in (*change.added, *change.changed):

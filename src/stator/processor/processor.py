@@ -38,6 +38,7 @@ from stator.processor.generation import Generation, GenerationRequest, Shared
 from stator.processor.instances import DecodeInstances
 from stator.processor.output import OutputText
 from stator.processor.prompt_length import tell_length
+from stator.processor.served_names import ServedNames
 from stator.processor.tokenization import Tokenization
 from stator.processor.tokenizer import ModelTokenizer
 from stator.processor.validation import SamplingDefaults
@@ -120,6 +121,7 @@ class Processor:
         if tokenizer.chat_template is not None:
             source, origin = tokenizer.chat_template
             self._chat_template = ChatTemplate(source, origin=origin, special_tokens=tokenizer.special_tokens)
+        self._names = ServedNames(self._models, self._instances)
         self._forms = AnswerForms(
             tokenizer,
             tool_parser=self._settings.tool_parser,
@@ -127,7 +129,7 @@ class Processor:
             model_type=self._settings.model_type,
         )
         self._tokenization = Tokenization(
-            models=self._models,
+            models=self._names,
             tokenizer=tokenizer,
             chat_template=self._chat_template,
             forms=self._forms,
@@ -233,7 +235,7 @@ class Processor:
     def _check(self, request: validation.Request) -> None:
         if self._closed:
             raise _stopping()
-        validation.check_model(request, self._models)
+        validation.check_model(request, self._names)
         validation.check_supported(request)
         validation.check_ranges(request)
         validation.stop_strings(request)
@@ -385,20 +387,23 @@ class Processor:
         )
         if sampling.grammar is not None:
             check_with_grammar(request, form.param)
-        model = self._models[0]
+        model, lora_name = self._models[0], self._names.adapter(request.model)
         lacking = self._instances.lacking(model, sampling)
         if lacking is not None:
             raise named_by(lacks(*lacking), form.param)
         return GenerationRequest(
             model=model,
             prompt_ids=prompt_ids,
-            block_hashes=block_hashes(prompt_ids, self._block_size, model=model, cache_salt=request.cache_salt),
+            block_hashes=block_hashes(
+                prompt_ids, self._block_size, model=model, lora_name=lora_name, cache_salt=request.cache_salt
+            ),
             sampling=sampling,
             stop_ids=frozenset(stop_ids) if request.ignore_eos else eos_ids.union(stop_ids),
             stops=validation.stop_strings(request),
             priority=request.priority or 0,
             cache_salt=request.cache_salt,
             grammar_param=form.param,
+            lora_name=lora_name,
         )
 
     def _done(self, generation: Generation) -> None:

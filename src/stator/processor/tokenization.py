@@ -6,7 +6,7 @@ prompts of requests that generate.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,7 +48,7 @@ class Tokenization:
     def __init__(
         self,
         *,
-        models: tuple[str, ...],
+        models: Sequence[str],
         tokenizer: ModelTokenizer,
         chat_template: ChatTemplate | None,
         forms: AnswerForms,

@@ -5,7 +5,7 @@ vocabulary or its context. Every refusal names the field in `param`.
 """
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class SamplingDefaults:
         return cls(**found)
 
 
-def check_model(request: RequestFields, models: tuple[str, ...]) -> None:
+def check_model(request: RequestFields, models: Sequence[str]) -> None:
     if request.model not in models:
         raise StatorError(
             ErrorCode.MODEL_NOT_FOUND,

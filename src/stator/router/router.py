@@ -45,6 +45,9 @@ MAX_RECORDS = 1000
 STALE_CHECK_MS = 50.0
 SLOWNESS_CHANGE = 0.1
 TELL_SLOWNESS = 3.0
+_Wanted = tuple[str, str | None]
+"""A model, and the adapter of it that a request is for."""
+
 _UNKNOWN_ENGINE = EngineInfo("", "", "", 64, 0, 1, 0, 0)
 
 
@@ -88,9 +91,9 @@ class Router:
         self._counters = RouterCounters()
         self._factors: dict[tuple[str, str, str], SpeedFactor] = {}
         self._enough_workers: set[str] = set()
-        self._by_model: dict[str, tuple[list[Candidate], dict[InstanceId, InstanceInfo]]] = {}
-        self._most_tokens: dict[str, int] = {}
-        self._stale: dict[str, tuple[float, frozenset[InstanceId]]] = {}
+        self._by_model: dict[_Wanted, tuple[list[Candidate], dict[InstanceId, InstanceInfo]]] = {}
+        self._most_tokens: dict[_Wanted, int] = {}
+        self._stale: dict[_Wanted, tuple[float, frozenset[InstanceId]]] = {}
         self._slowness: dict[InstanceId, float] = {}
         self._waiting = WaitingCalls(
             limits or QueueLimits(),
@@ -149,15 +152,17 @@ class Router:
         if request.booked_on is not None:
             self._book_again(call, request, request.booked_on)
             return
-        candidates, _ = self._candidates(request.model)
-        if not self._ready(request.model, len(candidates)):
-            call.end(self._no_instance(request.model, len(candidates)))
+        wanted = (request.model, request.lora_name)
+        candidates, _ = self._candidates(*wanted)
+        num_instances = len(candidates) if request.lora_name is None else len(self._candidates(request.model)[0])
+        if not self._ready(request.model, num_instances):
+            call.end(self._no_instance(request.model, num_instances))
             return
-        most = self._most_tokens[request.model]
+        most = self._most_tokens[wanted]
         if most and request.num_prompt_tokens + request.max_tokens - 1 > most:
             call.end(_too_large(request, most))
         elif not candidates:
-            call.end(self._no_instance(request.model, 0))
+            call.end(self._no_instance(request.model, 0, request.lora_name))
         elif self._waiting.waits(request.model):
             # Those that wait are first, and the line says who may overtake.
             self._waiting.join(call, request, self._core.need(request, candidates, self._now() * 1e3))
@@ -171,7 +176,11 @@ class Router:
     def _place(self, call: Call, request: RouteRequest, waited_s: float, line: Line) -> Wait | None:
         """Answer a call that waits, or say what it waits for."""
         started = self._clocks.perf_counter()
-        choice = self._choose(request, self._candidates(request.model)[0], line)
+        candidates = self._candidates(request.model, request.lora_name)[0]
+        if not candidates:
+            call.end(self._no_instance(request.model, 0, request.lora_name))
+            return None
+        choice = self._choose(request, candidates, line)
         if isinstance(choice, NoRoom):
             return Wait(choice.waits_for, choice.by_choice)
         self._answer(call, request, choice, started, waited_s)
@@ -258,10 +267,11 @@ class Router:
             choice = self._core.admit(request, candidates, now, line=line)
         else:
             held = index.overlaps(request.block_hashes)
-            looked_at, stale = self._stale.get(request.model, (now - STALE_CHECK_MS, frozenset[InstanceId]()))
+            wanted = (request.model, request.lora_name)
+            looked_at, stale = self._stale.get(wanted, (now - STALE_CHECK_MS, frozenset[InstanceId]()))
             if now - looked_at >= STALE_CHECK_MS:
                 stale = frozenset(c.instance_id for c in candidates if not index.trusted(c.instance_id))
-                self._stale[request.model] = (now, stale)
+                self._stale[wanted] = (now, stale)
             choice = self._core.admit(request, candidates, now, held=held, stale=stale, line=line)
         assert choice is not None
         return choice
@@ -318,13 +328,16 @@ class Router:
 
     # Candidates
 
-    def _candidates(self, model: str) -> tuple[list[Candidate], dict[InstanceId, InstanceInfo]]:
-        known = self._by_model.get(model)
+    def _candidates(
+        self, model: str, lora_name: str | None = None
+    ) -> tuple[list[Candidate], dict[InstanceId, InstanceInfo]]:
+        wanted = (model, lora_name)
+        known = self._by_model.get(wanted)
         if known is None:
-            infos = {i.instance_id: i for i in self._directory.instances(role="decode", model=model)}
-            known = self._by_model[model] = ([self._candidate(info) for info in infos.values()], infos)
+            infos = {i.instance_id: i for i in self._directory.instances(role="decode", model=model, adapter=lora_name)}
+            known = self._by_model[wanted] = ([self._candidate(info) for info in infos.values()], infos)
             sizes = [candidate.num_kv_tokens for candidate in known[0]]
-            self._most_tokens[model] = max(sizes) if sizes and all(sizes) else 0
+            self._most_tokens[wanted] = max(sizes) if sizes and all(sizes) else 0
         return known
 
     def _candidate(self, info: InstanceInfo) -> Candidate:
@@ -359,8 +372,10 @@ class Router:
             self._enough_workers.add(model)
         return model in self._enough_workers
 
-    def _no_instance(self, model: str, num_instances: int) -> StatorError:
-        if num_instances:
+    def _no_instance(self, model: str, num_instances: int, lora_name: str | None = None) -> StatorError:
+        if lora_name is not None:
+            message = f"no worker of {model} that has the adapter {lora_name!r} is ready"
+        elif num_instances:
             message = f"waiting for {self._min_workers} workers of {model}; {num_instances} are ready"
         else:
             message = f"no worker of {model} is ready; one may be starting"

@@ -62,10 +62,15 @@ class InstanceDirectory:
         role: str | None = None,
         service: str | None = None,
         model: str | None = None,
+        adapter: str | None = None,
         ready_only: bool = True,
     ) -> list[InstanceInfo]:
-        """Sorted by instance id. Filters that are None match everything; ready_only leaves out the draining."""
-        return sorted(self._matching(role, service, model, ready_only), key=lambda info: info.instance_id)
+        """Sorted by instance id. Filters that are None match everything; ready_only leaves out the draining. adapter: a
+        LoRA adapter's name."""
+        matching = self._matching(role, service, model, ready_only)
+        if adapter is not None:
+            matching = (info for info in matching if info.adapter(adapter) is not None)
+        return sorted(matching, key=lambda info: info.instance_id)
 
     def get(self, instance_id: InstanceId) -> InstanceInfo | None:
         return self._by_id.get(instance_id)

@@ -11,6 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
+
 from stator.core.admission import QueueLimits
 from stator.core.disagg import DisaggPolicy
 from stator.core.routing import RouterMode
@@ -26,6 +28,7 @@ from stator.ids import InstanceId, RequestId
 from stator.messages.engine import EngineLoad, EngineRequest
 from stator.messages.instances import InstanceInfo
 from stator.messages.kv_events import KV_EVENTS_ENDPOINT, KvSubscribe
+from stator.messages.lora import LoraAdapter
 from stator.messages.openai import CompletionRequest, Usage
 from stator.messages.processor import CompletionDelta, RouteRequest
 from stator.messages.reports import ReportRequest, RouterStats
@@ -45,7 +48,7 @@ from stator.transport import (
     RequestPlaneServer,
     Target,
 )
-from stator.worker import DecodeWorker, KvPublisher, WorkerHost
+from stator.worker import DecodeWorker, KvPublisher, WorkerAdapters, WorkerHost
 
 EngineFactory = Callable[[], Engine]
 
@@ -72,6 +75,7 @@ class Answer:
     instance: InstanceId
     usage: Usage
     first: CompletionDelta
+    text: str = ""
 
     @property
     def cached(self) -> int:
@@ -108,6 +112,7 @@ class Worker:
     client: RequestPlaneClient
     lease: Lease
     instance: InstanceInfo
+    adapters: WorkerAdapters
 
     @property
     def load(self) -> EngineLoad:
@@ -116,6 +121,7 @@ class Worker:
     async def close(self) -> None:
         self.reporter.close()
         await self.publisher.close()
+        await self.adapters.close()
         await self.requests.close()
         await self.engine.stop()
         await self.server.close()
@@ -125,13 +131,14 @@ class Worker:
 
 @dataclass
 class RoutingWorld:
-    """mode: of the Router; limits: of the requests that wait there. in_process: connect without sockets. Build with
-    `routing_world`."""
+    """mode: of the Router; limits: of the requests that wait there. in_process: connect without sockets. adapters: the
+    Processor follows discovery, and so knows the workers' LoRA adapters. Build with `routing_world`."""
 
     mode: RouterMode
     rng: Random
     limits: QueueLimits | None = None
     in_process: bool = False
+    adapters: bool = False
     store: MemoryKeyStore = field(default_factory=MemoryKeyStore)
     workers: list[Worker] = field(default_factory=list[Worker])
 
@@ -174,6 +181,7 @@ class RoutingWorld:
             client=self.client,
             router=Target(route, "route"),
             rng=self.rng,
+            directory=self.directory if self.adapters else None,
         )
         self.processor_addresses = await self._serve(
             "processor", *self.processor.endpoints(), Endpoint("decisions", DecisionsRequest, self.router.decisions)
@@ -192,21 +200,36 @@ class RoutingWorld:
         await server.start()
         host = WorkerHost(instance_id=identity.instance_id, client=client, server=server, on_dead=lambda _: None)
         info = await engine.start(host)
+        lease = await self.discovery.grant_lease(60.0)
+        endpoints = ("generate", "report", KV_EVENTS_ENDPOINT)
+        instance = InstanceInfo(
+            identity.instance_id, "Worker", "decode", server.addresses, endpoints, "h", 1, model=MODEL, engine=info
+        )
+
+        async def show(adapters: tuple[LoraAdapter, ...]) -> None:
+            shown = msgspec.structs.replace(instance, adapters=adapters)
+            await register_instance(self.discovery, lease, shown)
+            await self.directory.wait_for(lambda d: d.get(shown.instance_id) == shown, READY_S)
+
+        adapters = WorkerAdapters(
+            engine=engine, info=info, instance_id=identity.instance_id, directory=self.directory, show=show, settle_s=0
+        )
         requests = DecodeWorker(
-            engine=engine, info=info, host=host, policy=DisaggPolicy(), queue=self.queue, directory=self.directory
+            engine=engine,
+            info=info,
+            host=host,
+            policy=DisaggPolicy(),
+            queue=self.queue,
+            directory=self.directory,
+            adapters=adapters,
         )
         await requests.start()
         publisher, reporter = KvPublisher(engine), Reporter(requests.report)
         server.register(Endpoint("generate", EngineRequest, requests.generate))
         server.register(Endpoint("report", ReportRequest, reporter.report))
         server.register(Endpoint(KV_EVENTS_ENDPOINT, KvSubscribe, publisher.kv_events))
-        lease = await self.discovery.grant_lease(60.0)
-        endpoints = ("generate", "report", KV_EVENTS_ENDPOINT)
-        instance = InstanceInfo(
-            identity.instance_id, "Worker", "decode", server.addresses, endpoints, "h", 1, model=MODEL, engine=info
-        )
-        await register_instance(self.discovery, lease, instance)
-        self.workers.append(Worker(engine, publisher, requests, reporter, server, client, lease, instance))
+        await register_instance(self.discovery, lease, msgspec.structs.replace(instance, adapters=adapters.shown))
+        self.workers.append(Worker(engine, publisher, requests, reporter, server, client, lease, instance, adapters))
 
     async def _serve(self, name: str, *endpoints: Endpoint) -> tuple[str, ...]:
         server = self._server(Identity(instance_id=InstanceId(name), token=TOKEN))
@@ -231,13 +254,14 @@ class RoutingWorld:
         *,
         deadline_s: float = 300.0,
         priority: int = 0,
+        model: str = MODEL,
     ) -> Answer:
         """One completion, start to end. Raises the StatorError that it ended with."""
         sink, begin = _Sink(), loop_time()
         self.num_requests += 1
         context = CallContext(RequestId(f"r{self.num_requests}"), begin + deadline_s, headers or {})
         request = CompletionRequest(
-            model=MODEL,
+            model=model,
             prompt=list(prompt),
             max_tokens=max_tokens,
             temperature=0.0,
@@ -252,7 +276,8 @@ class RoutingWorld:
             handle.cancel()
         first, last = sink.deltas[0], sink.deltas[-1]
         assert sink.first_at is not None and first.instance_id is not None and last.usage is not None
-        return Answer(sink.first_at - begin, loop_time() - begin, first.instance_id, last.usage, first)
+        text = "".join(delta.text for delta in sink.deltas)
+        return Answer(sink.first_at - begin, loop_time() - begin, first.instance_id, last.usage, first, text)
 
     def stats(self) -> RouterStats:
         stats = self.router.report().router
@@ -293,8 +318,9 @@ async def routing_world(
     seed: int = 1,
     limits: QueueLimits | None = None,
     in_process: bool = False,
+    adapters: bool = False,
 ) -> AsyncGenerator[RoutingWorld]:
-    world = RoutingWorld(mode, Random(seed), limits, in_process)
+    world = RoutingWorld(mode, Random(seed), limits, in_process, adapters)
     try:
         await world.start(num_workers, make_engine)
         yield world

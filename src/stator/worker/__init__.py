@@ -1,5 +1,6 @@
 """Thin shells around engines: the decode worker and the prefill worker."""
 
+from stator.worker.adapters import WorkerAdapters
 from stator.worker.decode import DecodeWorker, disagg_policy, prefill_queue
 from stator.worker.engine import make_engine, start_engine
 from stator.worker.host import WorkerHost
@@ -12,6 +13,7 @@ __all__ = [
     "KvPublisher",
     "PrefillWorker",
     "ProgressWatchdog",
+    "WorkerAdapters",
     "WorkerHost",
     "disagg_policy",
     "make_engine",

@@ -10,7 +10,7 @@ and at the prefill worker that has the job (its call of `prefill_taken` ends).
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from stator.runtime.directory import DirectoryChange, InstanceDirectory
 from stator.runtime.settings import FollowSetting
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Call
+from stator.worker.adapters import WorkerAdapters
 from stator.worker.host import WorkerHost
 
 logger = logging.getLogger(__name__)
@@ -110,8 +111,13 @@ class DecodeWorker:
         queue: JobQueue,
         directory: InstanceDirectory,
         remote_prefill_timeout_s: float = REMOTE_PREFILL_TIMEOUT_S,
+        adapters: WorkerAdapters | None = None,
     ) -> None:
+        """adapters: the engine's LoRA adapters; None: it has none that are loaded or unloaded while it runs."""
         self._engine = engine
+        self._adapters = adapters
+        if adapters is not None:
+            adapters.user = self
         self._info = info
         self._host = host
         self._policy = policy
@@ -126,6 +132,7 @@ class DecodeWorker:
         self._num_accepted = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._one_ended = asyncio.Event()
         self._draining = False
         self._queue_waiting = 0
         self._puts_since_size = 0
@@ -181,6 +188,10 @@ class DecodeWorker:
         if self._draining:
             call.end(StatorError(ErrorCode.DRAINING, f"instance {self._host.instance_id} is draining"))
             return
+        lora, adapters = request.lora_name, self._adapters
+        if lora is not None and adapters is not None and (refusal := adapters.refusal(lora)) is not None:
+            call.end(refusal)
+            return
         self._num_open += 1
         self._idle.clear()
         # Callers choose request ids, and may send one again while its last attempt is still being aborted here.
@@ -194,6 +205,7 @@ class DecodeWorker:
             num_waiting_jobs=self._queue_waiting + self._puts_since_size,
             num_prefillers=self._peers.num_paired,
             queue_answers=not self._queue_lost and loop_time() >= self._no_put_before,
+            adapter_everywhere=lora is None or self._prefillers_have(lora),
         )
         if logger.isEnabledFor(logging.DEBUG):
             where = "remotely" if choice.remote else "locally"
@@ -221,6 +233,7 @@ class DecodeWorker:
         self._ended()
 
     def _ended(self) -> None:
+        self._one_ended.set()
         self._num_open -= 1
         if not self._num_open:
             self._idle.set()
@@ -246,6 +259,7 @@ class DecodeWorker:
             decode_instance=self._host.instance_id,
             decode_addresses=self._host.addresses,
             pairing=self._info.pairing,
+            adapter=self._digest(pending.request.lora_name),
         )
         deadline_s = self._timeout_s
         left = pending.call.context.seconds_left(loop_time())
@@ -391,6 +405,46 @@ class DecodeWorker:
             return None
         found = differences(self._info.pairing, instance.engine.pairing)
         return f"prefill instance {instance_id} does not pair: {in_words(found)}" if found else None
+
+    # LoRA adapters
+
+    async def adapter_idle(self, name: str) -> None:
+        while any(self._using(name)):
+            self._one_ended.clear()
+            await self._one_ended.wait()
+
+    def end_adapter(self, name: str, error: StatorError) -> int:
+        ended = list(self._using(name))
+        for request_id in ended:
+            self._end_early(request_id, error)
+        return len(ended)
+
+    def _using(self, name: str) -> Iterator[RequestId]:
+        for pending in self._pending.values():
+            if pending.request.lora_name == name:
+                yield pending.request.request_id
+        for request_id, call in self._in_engine.items():
+            if call.request.lora_name == name:
+                yield request_id
+
+    def _end_early(self, request_id: RequestId, error: StatorError) -> None:
+        for pending in [each for each in self._pending.values() if each.request.request_id == request_id]:
+            pending.call.end(error)
+            self._handle(pending, remote_prefill.RequestEnded())
+        if (call := self._in_engine.get(request_id)) is not None:
+            call.end(error)
+            self._engine.abort(request_id)
+
+    def _digest(self, lora_name: str | None) -> str:
+        return "" if lora_name is None or self._adapters is None else self._adapters.digest(lora_name)
+
+    def _prefillers_have(self, lora_name: str) -> bool:
+        """Whether all that may take our jobs have the very adapter that is here."""
+        here = self._digest(lora_name)
+        instances = self._directory.instances(role="prefill", model=self._info.model)
+        paired = [i for i in instances if i.engine is not None and i.engine.pairing == self._info.pairing]
+        found = [instance.adapter(lora_name) for instance in paired]
+        return bool(here) and all(adapter is not None and adapter.digest == here for adapter in found)
 
     # End
 

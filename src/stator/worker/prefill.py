@@ -34,6 +34,7 @@ from stator.runtime.context import CallContext, loop_time
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Sink, Target
 from stator.transport.calls import call
+from stator.worker.adapters import WorkerAdapters
 from stator.worker.host import WorkerHost
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class _InHand:
     """The engine died of it."""
 
     served: asyncio.Task[None] | None = None
+    given_up: StatorError | None = None
+    """Why it was aborted here, though its result was wanted."""
 
 
 class _ResultSink(Sink):
@@ -99,8 +102,13 @@ class PrefillWorker:
         queue: JobQueue,
         lease: Lease,
         rng: Random,
+        adapters: WorkerAdapters | None = None,
     ) -> None:
+        """adapters: as DecodeWorker's."""
         self._engine = engine
+        self._adapters = adapters
+        if adapters is not None:
+            adapters.user = self
         self._info = info
         self._host = host
         self._queue = queue
@@ -190,10 +198,31 @@ class PrefillWorker:
 
     def _refusal(self, job: PrefillJob) -> StatorError | None:
         found = differences(self._info.pairing, job.pairing)
-        if not found:
-            return None
         message = f"prefill instance {self._host.instance_id} does not pair with {job.decode_instance}"
-        return StatorError(ErrorCode.UNSUPPORTED, f"{message}: {in_words(found)}")
+        if found:
+            return StatorError(ErrorCode.UNSUPPORTED, f"{message}: {in_words(found)}")
+        name, adapters = job.request.lora_name, self._adapters
+        if name is None or adapters is None:
+            return None
+        if (refusal := adapters.refusal(name)) is not None:
+            return refusal
+        if adapters.digest(name) != job.adapter:
+            return StatorError(ErrorCode.UNSUPPORTED, f"{message}: its adapter {name!r} is another one")
+        return None
+
+    # LoRA adapters
+
+    async def adapter_idle(self, name: str) -> None:
+        while any(each.job.request.lora_name == name for each in self._in_hand.values()):
+            self._changed.clear()
+            await self._changed.wait()
+
+    def end_adapter(self, name: str, error: StatorError) -> int:
+        ended = [each for each in self._in_hand.values() if each.job.request.lora_name == name]
+        for in_hand in ended:
+            in_hand.given_up = error
+            self._engine.abort(in_hand.request_id)
+        return len(ended)
 
     async def _compute(self, in_hand: _InHand) -> tuple[PrefillResult | None, StatorError | None]:
         sink, request_id, job = _ResultSink(in_hand), in_hand.request_id, in_hand.job
@@ -223,6 +252,8 @@ class PrefillWorker:
         no_result: str = "failed",
     ) -> None:
         """no_result: what a job without one is counted as."""
+        if in_hand.given_up is not None and result is None:
+            error = in_hand.given_up
         if error is not None and error.code is ErrorCode.CANCELLED:
             # Another attempt has the job, and this changes nothing, or nobody wants it.
             await self._ack(in_hand.delivery)

@@ -43,6 +43,19 @@ def test_without_a_prefill_instance_nothing_is_remote_even_unconditionally() -> 
     assert not choose(always, prefillers=0).remote
 
 
+def test_a_prompt_for_an_adapter_that_a_prefill_instance_lacks_is_prefilled_here() -> None:
+    for policy in (ON, DisaggPolicy(remote_prefill=True, conditional_disagg=False)):
+        choice = choose_prefill(
+            policy,
+            num_prompt_tokens=100,
+            num_cached_tokens=0,
+            num_waiting_jobs=0,
+            num_prefillers=2,
+            adapter_everywhere=False,
+        )
+        assert (choice.remote, choice.reason) == (False, Reason.NO_ADAPTER)
+
+
 def test_unconditional_disaggregation_ignores_length_and_queue() -> None:
     always = DisaggPolicy(remote_prefill=True, conditional_disagg=False)
     assert choose(always, prompt=1, waiting=1000).remote

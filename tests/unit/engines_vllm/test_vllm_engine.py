@@ -3,20 +3,24 @@
 import asyncio
 import contextlib
 import functools
+import json
+import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from stator.engines.lora import LoraEngine
 from stator.engines.vllm import engine as adapter
 from stator.engines.vllm.args import settings_from_section
 from stator.engines.vllm.connectors import STATOR_CONNECTOR
 from stator.engines.vllm.engine import VllmEngine
 from stator.engines.vllm.transfer import VllmTransfer, result_transfer
-from stator.errors import ConfigError, ErrorCode
+from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import EngineRequest, FinishReason
 from stator.testing.contracts.engine_suite import make_request, with_transfer
@@ -53,6 +57,8 @@ class FakeVllm:
     split: tuple[int, int] = (0, 0)
     died: Callable[[str], None] | None = None
     killed: bool = False
+    loras: list[tuple[str, int, str]] = field(default_factory=list[tuple[str, int, str]])
+    lora_error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -71,6 +77,14 @@ class FakeVllm:
 
     async def reset_prefix_cache(self) -> bool:
         return True
+
+    async def add_lora(self, lora: tuple[str, int, str]) -> None:
+        if self.lora_error is not None:
+            raise self.lora_error
+        self.loras.append(lora)
+
+    async def remove_lora(self, lora: tuple[str, int, str]) -> None:
+        self.loras.remove(lora)
 
     async def call_workers(self, method: str, arguments: tuple[Any, ...]) -> Sequence[Any]:
         return []
@@ -218,16 +232,58 @@ async def test_a_death_is_told_once_and_ends_everything() -> None:
 
 @in_loop
 async def test_lora_adapters_go_by_name() -> None:
-    async with running(lora_modules={"a": "/a", "b": "/b"}) as (one, vllm):
+    async with running(lora_modules={"a": "org/a", "b": "org/b"}) as (one, vllm):
         assert "--enable-lora" in vllm.arguments
         request = make_request("r", [5])
         with_lora = EngineRequest(request.request_id, request.prompt_ids, request.sampling, lora_name="b", priority=3)
         _, added = await sent(one, vllm, with_lora)
-        assert (added.lora, added.priority) == (("b", 2, "/b"), 3)
+        assert (added.lora, added.priority) == (("b", 2, "org/b"), 3)
         unknown = EngineRequest(RequestId("u"), request.prompt_ids, request.sampling, lora_name="c")
         error = await one.generate(unknown).wait_error()
         assert error.code is ErrorCode.MODEL_NOT_FOUND and "a, b" in error.message
         added.on_output(output([1], "stop"))
+
+
+def write_adapter(directory: Path, rank: int = 8) -> str:
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    (directory / "adapter_model.safetensors").write_bytes(b"weights")
+    return str(directory)
+
+
+@in_loop
+async def test_adapters_come_and_go_while_it_runs() -> None:
+    with tempfile.TemporaryDirectory() as made:
+        path = write_adapter(Path(made) / "a")
+        async with running(enable_lora=True) as (one, vllm):
+            engine = one.engine
+            assert isinstance(engine, LoraEngine) and not engine.adapters
+            await engine.load_adapter("odd", path)
+            assert (list(engine.adapters), vllm.loras) == (["odd"], [("odd", 1, path)])
+            request = msgspec.structs.replace(make_request("r", [5]), lora_name="odd")
+            _, added = await sent(one, vllm, request)
+            assert added.lora == ("odd", 1, path)
+            added.on_output(output([1], "stop"))
+            await engine.unload_adapter("odd")
+            assert vllm.loras == [] and not engine.adapters
+            error = await one.generate(msgspec.structs.replace(request, request_id=RequestId("s"))).wait_error()
+            assert error.code is ErrorCode.MODEL_NOT_FOUND
+            # vLLM would take blocks of the one before for those of an equal name and path.
+            await engine.load_adapter("odd", path)
+            assert vllm.loras == [("odd", 2, f"{path}/.")]
+            vllm.lora_error = ValueError("target module zz is not supported")
+            with pytest.raises(StatorError, match="vLLM cannot load .*zz"):
+                await engine.load_adapter("other", path)
+            with pytest.raises(StatorError, match="rank of .* is 64, above max-lora-rank, which is 16"):
+                await engine.load_adapter("big", write_adapter(Path(made) / "big", 64))
+            assert list(engine.adapters) == ["odd"]
+        async with running() as (one, _):
+            assert isinstance(one.engine, LoraEngine)
+            with pytest.raises(StatorError, match="enable-lora"):
+                await one.engine.load_adapter("odd", path)
+    with pytest.raises(ConfigError, match="lora-modules: a: there is no directory /nowhere"):
+        async with running(lora_modules={"a": "/nowhere"}):
+            pass
 
 
 def transfer(request: EngineRequest, port: int) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def test_one_request_id_sent_twice_makes_two_calls_with_ids_of_their_own():
 
 
 def test_models():
-    card = {"id": MODEL, "created": CREATED, "max_model_len": 2048, "owned_by": "stator", "object": "model"}
+    card = {"id": MODEL, "created": CREATED, "max_model_len": 2048, "owned_by": "stator"}
+    card |= {"object": "model", "parent": None}
 
     async def run() -> None:
         async with frontend() as fe:

@@ -4,6 +4,7 @@ from stator.frontend.health import HealthReport, ModelHealth, PairingRefusal, he
 from stator.ids import InstanceId
 from stator.messages.engine import EngineInfo
 from stator.messages.instances import InstanceInfo, InstanceState
+from stator.messages.lora import LoraAdapter
 from stator.messages.openai import ModelCard
 
 
@@ -71,6 +72,23 @@ def test_refusals_are_as_many_as_kinds_of_engines():
 def test_engines_of_two_models_are_not_expected_to_pair():
     other = msgspec.structs.replace(paired("p", "prefill", model="other"), model="other")
     assert health_of([paired("d", "decode", model="m"), other]).pairing_refusals == []
+
+
+def test_adapters_are_models_with_a_parent() -> None:
+    def having(model: str, *names: str, role: str = "decode", length: int = 0) -> InstanceInfo:
+        adapters = tuple(LoraAdapter(name, "/x") for name in names)
+        return msgspec.structs.replace(instance(role, model, length=length), adapters=adapters)
+
+    workers = [
+        having("a", "odd", "b", length=50),
+        having("a", "odd", length=80),
+        having("b"),
+        having("a", "p", role="prefill"),
+    ]
+    # A model comes before an adapter of its name; what only prefill workers have cannot be finished.
+    assert models_of(workers, 5) == [
+        ModelCard("a", 5, 50), ModelCard("b", 5, None), ModelCard("odd", 5, 50, parent="a"),
+    ]  # fmt: skip
 
 
 def test_models_are_named_once_with_the_shortest_context():

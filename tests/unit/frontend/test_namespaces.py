@@ -2,6 +2,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 
+import msgspec
 from frontend_fakes import AsgiClient, chat_body, say
 
 from stator.discovery.memory import MemoryDiscovery, MemoryKeyStore
@@ -11,6 +12,7 @@ from stator.frontend.health import ModelHealth, NamespaceHealth
 from stator.frontend.namespaces import Namespaces, cards_of, health_of_all, served_by
 from stator.ids import InstanceId
 from stator.messages.instances import InstanceInfo, InstanceState
+from stator.messages.lora import LoraAdapter
 from stator.messages.openai import ChatCompletionRequest, ModelCard
 from stator.observability.metrics import Metrics
 from stator.runtime.directory import InstanceDirectory, register_instance
@@ -64,6 +66,14 @@ def test_a_processor_without_workers_answers_for_its_model_but_does_not_list_it(
     spaces = [whole("a"), [instance("processor", "b")]]
     assert served_by(spaces) == {"a": 0, "b": 1}
     assert [card.id for card in cards_of(spaces, 5)] == ["a"]
+
+
+def test_an_adapter_is_served_where_its_model_is():
+    there = whole("a")
+    there[1] = msgspec.structs.replace(there[1], adapters=(LoraAdapter("odd", "/x"),))
+    spaces = [whole("b"), there]
+    assert served_by(spaces) == {"a": 1, "b": 0, "odd": 1}
+    assert [(card.id, card.parent) for card in cards_of(spaces, 5)] == [("a", None), ("b", None), ("odd", "a")]
 
 
 def test_health_tells_of_each_namespace_and_of_each_model():

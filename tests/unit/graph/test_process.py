@@ -18,6 +18,8 @@ from stator.graph.planes import Planes
 from stator.graph.process import ServiceProcess
 from stator.graph.protocol import Announcing, ChildSpec, ExitCode, Ready, Report, Serving
 from stator.ids import InstanceId
+from stator.messages.instances import InstanceInfo, InstanceState
+from stator.messages.lora import LoraAdapter
 from stator.queue.memory import MemoryQueue
 from stator.transport.base import Call
 from stator.transport.client import RequestPlaneClient
@@ -149,6 +151,46 @@ def test_services_start_after_those_they_call_and_stop_before_them() -> None:
         process.request_stop()
         assert await task is ExitCode.OK
         assert log == ["names start", "Word(text='hi you')", "abc2", "names drain", "greeter stop", "names stop"]
+
+    asyncio.run(main())
+
+
+def test_adapters_are_shown_while_an_instance_runs_and_its_state_stays() -> None:
+    odd = LoraAdapter("odd", "/x")
+
+    @service
+    class Changing:
+        @on_start
+        async def start(self, context: ServiceContext) -> None:
+            self.context = context
+            # Before it is announced this only notes them.
+            await context.show_adapters((odd,))
+            contexts.append(context)
+
+        @on_drain
+        async def drain(self) -> None:
+            await self.context.show_adapters(())
+            drained.extend(await shown())
+
+    contexts: list[ServiceContext] = []
+    drained: list[InstanceInfo] = []
+
+    async def shown() -> list[InstanceInfo]:
+        entries = await contexts[0].discovery.get_prefix("instances/")
+        return [msgspec.msgpack.decode(entry.value, type=InstanceInfo) for entry in entries]
+
+    async def main() -> None:
+        reports: asyncio.Queue[Report] = asyncio.Queue(16)
+        process, task = await run(make_spec(["Changing"]), Changing, MemoryDiscovery(), reports)
+        assert await reports.get() == Ready()
+        (first,) = await shown()
+        assert (first.state, first.adapter("odd"), first.adapter("even")) == (InstanceState.READY, odd, None)
+        await contexts[0].show_adapters((LoraAdapter("even", "/y"),))
+        (then,) = await shown()
+        assert then == msgspec.structs.replace(first, adapters=(LoraAdapter("even", "/y"),))
+        process.request_stop()
+        assert await task is ExitCode.OK
+        assert [(info.state, info.adapters) for info in drained] == [(InstanceState.DRAINING, ())]
 
     asyncio.run(main())
 

@@ -26,6 +26,7 @@ from stator.engines.local.runner import Chunk, ChunkScores, Runner, SampleSpec, 
 from stator.engines.local.scores import score_spec
 from stator.engines.local.transfer import CONNECTOR, TransferParams, as_dict, parse_transfer
 from stator.engines.local.worker_thread import WorkerThread
+from stator.engines.lora import not_loaded
 from stator.engines.sinks import end_sink, push_last
 from stator.engines.transfer.fetcher import BlockFetcher
 from stator.engines.transfer.messages import digest_tokens
@@ -43,6 +44,7 @@ from stator.messages.engine import (
     TokenDelta,
     TokenScore,
 )
+from stator.messages.lora import LoraAdapter
 from stator.messages.tokens import num_tokens, unpack
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Sink
@@ -103,6 +105,7 @@ class LocalEngine:
         self._num_transfer_failures = 0
         self._ended: StatorError | None = None
         self._computing: Sequence[ScheduledChunk] = ()
+        self.adapters: dict[str, LoraAdapter] = {}
         self._started = False
         self._stop_lock = asyncio.Lock()
 
@@ -360,8 +363,19 @@ class LocalEngine:
             output_ids = list(sequence.output_ids)
         num_output = len(sequence.output_ids)
         return SampleSpec(
-            params, sequence.seed, sequence.num_tokens, num_output, prompt_ids, output_ids, stream.grammar
+            params,
+            sequence.seed,
+            sequence.num_tokens,
+            num_output,
+            prompt_ids,
+            output_ids,
+            stream.grammar,
+            self._weights_of(sequence.request),
         )
+
+    def _weights_of(self, request: EngineRequest) -> bytes:
+        """See SampleSpec.adapter; for an engine that has adapters."""
+        return b""
 
     def _start_fetch(self, sequence: LiveSequence) -> None:
         stream = self._streams[sequence.request_id]
@@ -425,6 +439,8 @@ class LocalEngine:
         if request.request_id in self._streams or request.request_id in self._compiling:
             message = f"request {request.request_id} is already running on this engine; use another request id"
             return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
+        if request.lora_name is not None and request.lora_name not in self.adapters:
+            return not_loaded(request.lora_name, self.adapters)
         field = first_used(request.sampling, self._runner.cannot)
         if field is not None:
             return lacks(self._name, field)

@@ -20,6 +20,7 @@ class SampleSpec:
     position: index of the token to be sampled among all tokens of the sequence (prompt, then output).
     num_output: output tokens so far (resumed ones included), against min_tokens.
     prompt_ids / output_ids: for penalties; None when the request has none. grammar: needs the output_ids too.
+    adapter: what stands for the LoRA adapter's weights where there are none; empty without one.
     """
 
     params: SamplingParams
@@ -29,6 +30,7 @@ class SampleSpec:
     prompt_ids: Sequence[int] | None = None
     output_ids: Sequence[int] | None = None
     grammar: TokenGrammar | None = None
+    adapter: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

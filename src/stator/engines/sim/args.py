@@ -8,6 +8,7 @@ import msgspec
 
 from stator.config.step_times import NamedRow, shipped_step_times
 from stator.engines.local.args import LocalEngineArgs, read_section
+from stator.engines.lora import DEFAULT_MAX_RANK
 from stator.errors import ConfigError
 
 
@@ -18,6 +19,9 @@ class SimEngineArgs(LocalEngineArgs, frozen=True, kw_only=True):
     step_times: what is simulated, a name of `config/step_times.toml`; None for the first that fits the model.
     sim_speed: simulated seconds a second. sim_mean_output_tokens: outputs end by themselves after so many tokens in the
     mean, their lengths spread geometrically; None: at max_tokens only.
+
+    enable_lora, max_lora_rank, lora_modules (names and directories): adapters, of which only adapter_config.json must
+    be there; each has a text of its own.
     """
 
     max_num_seqs: int = 256
@@ -25,6 +29,9 @@ class SimEngineArgs(LocalEngineArgs, frozen=True, kw_only=True):
     step_times: str | None = None
     sim_speed: float = 1.0
     sim_mean_output_tokens: float | None = None
+    enable_lora: bool = False
+    max_lora_rank: int = DEFAULT_MAX_RANK
+    lora_modules: dict[str, str] = {}
 
     @property
     def simulated(self) -> NamedRow:

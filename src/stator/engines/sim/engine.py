@@ -16,13 +16,15 @@ from stator.core.scheduler import SchedulerConfig
 from stator.engines.base import EngineHost
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.engine import LocalEngine, RunnerFactory
+from stator.engines.lora import not_enabled, on_node, read_adapter
 from stator.engines.sim.args import SimEngineArgs
 from stator.engines.sim.executor import SimExecutor
 from stator.engines.sim.faults import StepFaults
 from stator.engines.sim.runner import SimRunner
 from stator.engines.sim.vocabulary import load_vocabulary
-from stator.errors import ConfigError
-from stator.messages.engine import EngineInfo
+from stator.errors import ConfigError, StatorError
+from stator.messages.engine import EngineInfo, EngineRequest
+from stator.messages.lora import LoraAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class SimEngine(LocalEngine):
         self.faults = StepFaults()
         self._simulated = args.simulated
         self._speed = args.sim_speed
+        self._max_lora_rank = args.max_lora_rank if args.enable_lora or args.lora_modules else 0
+        self._lora_modules = args.lora_modules
         self.executor = SimExecutor(self._simulated, speed=self._speed, faults=self.faults)
         super().__init__(
             args,
@@ -48,12 +52,32 @@ class SimEngine(LocalEngine):
 
     async def start(self, host: EngineHost) -> EngineInfo:
         info = await super().start(host)
+        try:
+            for name, path in self._lora_modules.items():
+                await self.load_adapter(name, on_node(path))
+        except StatorError as error:
+            await self.stop()
+            raise ConfigError(f"lora-modules: {error.message}") from None
         logger.info(
             "simulating %s at speed %g: %d KV blocks of %d tokens; constants: %s; KV: %s",
             self._simulated.name, self._speed, info.num_blocks, info.block_size,
             self._simulated.row.source, self._simulated.kv.source,
         )  # fmt: skip
         return info
+
+    async def load_adapter(self, name: str, path: str) -> LoraAdapter:
+        if not self._max_lora_rank:
+            raise not_enabled()
+        adapter = read_adapter(name, path, max_rank=self._max_lora_rank, needs_weights=False)
+        self.adapters[name] = adapter
+        return adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        self.adapters.pop(name, None)
+
+    def _weights_of(self, request: EngineRequest) -> bytes:
+        adapter = None if request.lora_name is None else self.adapters.get(request.lora_name)
+        return b"" if adapter is None else adapter.digest.encode()
 
     async def stop(self) -> None:
         """At once, also in a step that takes long or hangs: as the end of a process."""

@@ -21,7 +21,8 @@ class SimRunner:
 
     A block stores the token ids that were written to it, so a wrong block table, a block freed too early, a wrong
     transfer or a chunk out of place changes the text; a slot that was never written is an AssertionError. Sampling
-    with temperature adds (seed, position); penalties add the histories. Text does not depend on the block size.
+    with temperature adds (seed, position); penalties add the histories, a LoRA adapter its digest.
+    Text does not depend on the block size.
 
     Tokens are taken from `vocabulary.words`. With mean_output_tokens M, each token from `min_tokens` on is eos with
     probability 1/M, by the same hash, unless the request ignores eos; without M only if eos is among the words.
@@ -111,6 +112,8 @@ class SimRunner:
             key.update(b"seed %d %d" % (spec.seed, spec.position))
         if spec.output_ids is not None and spec.prompt_ids is not None:
             key.update(b"histories " + pack(spec.prompt_ids) + b"," + pack(spec.output_ids))
+        if spec.adapter:
+            key.update(b"adapter " + spec.adapter)
         end_draw, word_draw = divmod(key.intdigest(), _HALF)
         may_end = spec.num_output >= params.min_tokens
         if end_draw < self._end_below and may_end and not params.ignore_eos and self._eos is not None:

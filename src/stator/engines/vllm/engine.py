@@ -12,7 +12,7 @@ import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from stator.core.hashing import block_hashes
 from stator.core.public_text import harmless
 from stator.core.sequence_limits import resumed_finish, validate
 from stator.engines.base import EngineHost, KvListener, NodePlace
+from stator.engines.lora import not_loaded
 from stator.engines.sinks import end_sink, push_last
 from stator.engines.vllm import args as vllm_args
 from stator.engines.vllm import connectors
 from stator.engines.vllm import transfer as handover
+from stator.engines.vllm.adapters import Told, VllmAdapters
 from stator.engines.vllm.args import VllmSettings
 from stator.engines.vllm.endings import StepRoom, in_last_step, is_death, is_refusal, no_ending
 from stator.engines.vllm.further_node import FurtherNode
@@ -40,6 +42,7 @@ from stator.engines.vllm.transfer import VllmTransfer
 from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, FinishReason, PrefillResult, TokenDelta
+from stator.messages.lora import LoraAdapter
 from stator.messages.tokens import BYTES_PER_TOKEN, num_tokens, unpack
 from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Sink
@@ -88,8 +91,10 @@ class VllmEngine:
         self._holds = Holds(hold_s, self._counter, lambda: self.load().num_blocks_held)
         self._eos: frozenset[int] = frozenset()
         self._suspects: frozenset[_Stream] | None = None
+        self._loras = VllmAdapters(settings)
 
     async def start(self, host: EngineHost) -> EngineInfo:
+        await asyncio.to_thread(self._loras.read_modules)
         await self._begin(host)
         try:
             llm = self._llm = await self._launcher.start(await self._arguments_of_vllm(host), self._counter.record)
@@ -249,6 +254,31 @@ class VllmEngine:
             feed.clear(mark)
         return done
 
+    @property
+    def adapters(self) -> Mapping[str, LoraAdapter]:
+        return self._loras.loaded
+
+    async def load_adapter(self, name: str, path: str) -> LoraAdapter:
+        llm = self._llm
+        if llm is None or self._ended is not None:
+            raise StatorError(ErrorCode.ENGINE_DEAD, "the engine does not run")
+        adapter = await asyncio.to_thread(self._loras.read, name, path)
+        told = self._loras.next_told(adapter)
+        try:
+            await llm.add_lora(told)
+        except Exception as error:
+            if is_death(error):
+                raise StatorError(ErrorCode.ENGINE_DEAD, "the engine's core process ended") from error
+            message = f"vLLM cannot load the adapter at {path}: {str(error)[:MAX_TOLD_CHARS]}"
+            raise StatorError(ErrorCode.INVALID_REQUEST, message) from error
+        self._loras.add(adapter, told)
+        return adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        told, llm = self._loras.remove(name), self._llm
+        if told is not None and llm is not None and self._ended is None:
+            await llm.remove_lora(told)
+
     async def stop(self) -> None:
         async with self._stop_lock:
             if self._llm is None and self._further_node is None:
@@ -326,13 +356,8 @@ class VllmEngine:
             "request %s: no KV blocks from the prefill engine (%s); computing here", request.request_id, reason
         )
 
-    def _lora(self, request: EngineRequest) -> tuple[str, int, str] | None:
-        """(name, number, directory)."""
-        if request.lora_name is None:
-            return None
-        names = list(self._settings.lora_modules)
-        number = names.index(request.lora_name) + 1
-        return request.lora_name, number, self._settings.lora_modules[request.lora_name]
+    def _lora(self, request: EngineRequest) -> Told | None:
+        return None if request.lora_name is None else self._loras.told(request.lora_name)
 
     def _cached(self, request: EngineRequest) -> tuple[int, int | None]:
         """(tokens not to be computed, the data-parallel rank that has them; None if any will do)."""
@@ -360,10 +385,8 @@ class VllmEngine:
         if request.request_id in self._streams:
             message = f"request {request.request_id} is already running on this engine; use another request id"
             return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
-        if request.lora_name is not None and request.lora_name not in self._settings.lora_modules:
-            known = ", ".join(self._settings.lora_modules) or "none"
-            message = f"there is no LoRA adapter {request.lora_name!r}; this worker's lora-modules has {known}"
-            return StatorError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+        if request.lora_name is not None and request.lora_name not in self._loras.loaded:
+            return not_loaded(request.lora_name, self._loras.loaded)
         try:
             validate(request, llm.vocab_size, llm.max_model_len, llm.num_blocks, llm.block_size)
         except StatorError as error:

@@ -209,6 +209,16 @@ class StartedVllm:
         self._splits.pop(core_id, None)
         await self._llm.abort(core_id, internal=True)
 
+    async def add_lora(self, lora: tuple[str, int, str]) -> None:
+        """lora: name, number and path of a LoRARequest. Raises vLLM's error for one that it cannot load."""
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        await self._llm.add_lora(LoRARequest(*lora))
+
+    async def remove_lora(self, lora: tuple[str, int, str]) -> None:
+        """Not an error for one that vLLM has put out to make room for others."""
+        await self._llm.remove_lora(lora[1])
+
     async def reset_prefix_cache(self) -> bool:
         return bool(await self._llm.reset_prefix_cache())
 
