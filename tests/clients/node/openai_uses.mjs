@@ -35,15 +35,12 @@ use("stream", async () => {
     stream_options: { include_usage: true },
   });
   let text = "";
-  let numWithText = 0;
   let usage = null;
   for await (const chunk of chunks) {
-    const part = chunk.choices[0]?.delta?.content ?? "";
-    text += part;
-    numWithText += part !== "";
+    text += chunk.choices[0]?.delta?.content ?? "";
     usage = chunk.usage ?? usage;
   }
-  return { text, usage, num_with_text: numWithText };
+  return { text, usage };
 });
 
 use("stream_helper", async () => {

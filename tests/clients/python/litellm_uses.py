@@ -52,7 +52,7 @@ def shown(answer: Any) -> dict[str, Any]:
 def streamed(**settings: Any) -> dict[str, Any]:
     asks = asked(stream=True, stream_options={"include_usage": True}, **settings)
     chunks = list(litellm.completion(**asks))
-    return {**shown(litellm.stream_chunk_builder(chunks, messages=asks["messages"])), "num_chunks": len(chunks)}
+    return shown(litellm.stream_chunk_builder(chunks, messages=asks["messages"]))
 
 
 @use
