@@ -11,11 +11,18 @@ from typing import Any
 
 import stator
 from stator.errors import ErrorCode, StatorError
+from stator.frontend.anthropic import (
+    ANTHROPIC_ERRORS,
+    COUNT_TOKENS_DIALECT,
+    COUNT_TOKENS_PATH,
+    MESSAGES_DIALECT,
+    MESSAGES_PATH,
+)
 from stator.frontend.decisions import DECISION_PREFIX, DecisionView
-from stator.frontend.decode import CHAT, COMPLETIONS
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
 from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
+from stator.frontend.openai_dialect import CHAT_DIALECT, COMPLETIONS_DIALECT
 from stator.frontend.openapi import document_json
 from stator.frontend.settings import FrontendSettings
 from stator.frontend.unary import DETOKENIZE, TOKENIZE
@@ -72,10 +79,12 @@ class FrontendApp:
         )
         self._explain = DecisionView(client, targets if everywhere is None else everywhere)
         self._routes: dict[str, tuple[str, Respond]] = {
-            "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT)),
-            "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS)),
-            "/tokenize": ("POST", lambda http: self.generation.handle(http, "tokenize", TOKENIZE)),
-            "/detokenize": ("POST", lambda http: self.generation.handle(http, "detokenize", DETOKENIZE)),
+            "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT_DIALECT)),
+            "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS_DIALECT)),
+            MESSAGES_PATH: ("POST", lambda http: self.generation.handle(http, MESSAGES_DIALECT)),
+            COUNT_TOKENS_PATH: ("POST", lambda http: self.generation.handle(http, COUNT_TOKENS_DIALECT)),
+            "/tokenize": ("POST", lambda http: self.generation.handle_unary(http, "tokenize", TOKENIZE)),
+            "/detokenize": ("POST", lambda http: self.generation.handle_unary(http, "detokenize", DETOKENIZE)),
             "/v1/models": ("GET", self._list_models),
             "/health": ("GET", self._report_health),
             "/live": ("GET", self._report_live),
@@ -88,6 +97,8 @@ class FrontendApp:
         if scope["type"] != "http":
             raise RuntimeError(f"only HTTP is served here, not {scope['type']}")
         http = HttpExchange(scope, receive, send, self._rng)
+        if http.path.startswith(MESSAGES_PATH):
+            http.errors = ANTHROPIC_ERRORS
         try:
             await self._route(http)
         except StatorError as error:

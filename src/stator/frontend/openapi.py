@@ -14,8 +14,11 @@ import msgspec
 
 import stator
 from stator.errors import ERRORS, ErrorCode
+from stator.frontend import anthropic as anthropic_api
 from stator.frontend import openapi_answers as answers
-from stator.messages import openai, openai_limits, tokenize
+from stator.frontend import openapi_anthropic
+from stator.messages import anthropic, openai, openai_limits, tokenize
+from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
 from stator.messages.openai_limits import RANGES
 from stator.observability.metrics import CONTENT_TYPE
@@ -63,7 +66,8 @@ _OF_DECISIONS = (
 class _Operation:
     """answer: a struct for JSON, or a media type. request: of a POST, with its table of fields. chunk: of a stream.
 
-    parameter: the last part of the path. answered: statuses with the answer's schema.
+    parameter: the last part of the path. answered: statuses with the answer's schema. events: of a stream of
+    named ones. anthropic: errors are in that form.
     """
 
     path: str
@@ -75,6 +79,15 @@ class _Operation:
     chunk: type[msgspec.Struct] | None = None
     parameter: str | None = None
     answered: tuple[int, ...] = (200,)
+    events: tuple[type[msgspec.Struct], ...] = ()
+    anthropic: bool = False
+
+    @property
+    def error(self) -> type[msgspec.Struct]:
+        return openapi_anthropic.AnthropicError if self.anthropic else openai.ErrorResponse
+
+    def status(self, code: ErrorCode) -> int:
+        return anthropic_api.type_and_status(code)[1] if self.anthropic else ERRORS[code].status
 
 
 _OPERATIONS = (
@@ -95,6 +108,25 @@ _OPERATIONS = (
         _OF_GENERATION,
         openai.CompletionRequest,
         answers.TextCompletionChunk,
+    ),
+    _Operation(
+        anthropic_api.MESSAGES_PATH,
+        "createMessage",
+        "Answer a conversation, in Anthropic's shape",
+        openapi_anthropic.AnthropicMessage,
+        _OF_GENERATION,
+        anthropic.MessagesRequest,
+        events=openapi_anthropic.EVENTS,
+        anthropic=True,
+    ),
+    _Operation(
+        anthropic_api.COUNT_TOKENS_PATH,
+        "countTokens",
+        "The length of a conversation's prompt",
+        openapi_anthropic.TokensCounted,
+        _OF_TOKENIZATION,
+        anthropic.CountTokensRequest,
+        anthropic=True,
     ),
     _Operation(
         "/tokenize",
@@ -139,6 +171,8 @@ _OPERATIONS = (
 _FIELDS: dict[type[msgspec.Struct], Sequence[Field]] = {
     openai.ChatCompletionRequest: CHAT_FIELDS,
     openai.CompletionRequest: COMPLETION_FIELDS,
+    anthropic.MessagesRequest: MESSAGES_FIELDS,
+    anthropic.CountTokensRequest: COUNT_FIELDS,
     tokenize.TokenizeRequest: tokenize.TOKENIZE_FIELDS,
     tokenize.DetokenizeRequest: tokenize.DETOKENIZE_FIELDS,
 }
@@ -203,7 +237,7 @@ def _responses(operation: _Operation, *, head: bool) -> Json:
     responses: Json = {}
     by_status: dict[int, list[ErrorCode]] = {}
     for code in operation.errors:
-        by_status.setdefault(ERRORS[code].status, []).append(code)
+        by_status.setdefault(operation.status(code), []).append(code)
     by_status[_HEAD_TOO_LARGE] = [ErrorCode.INVALID_REQUEST]
     for status in operation.answered:
         responses[str(status)] = {"description": "The answer.", "headers": _answer_headers(status)}
@@ -211,16 +245,18 @@ def _responses(operation: _Operation, *, head: bool) -> Json:
             responses[str(status)]["content"] = _content(operation)
     for status, codes in sorted(by_status.items()):
         text = "An error; `code` is " + " or ".join(code.value for code in codes) + "."
+        if operation.anthropic:
+            text = "An error; `type` is " + " or ".join(dict.fromkeys(map(_anthropic_type, codes))) + "."
         described: Json = {"description": text, "headers": _answer_headers(status)}
         if not head:
-            described["content"] = {"application/json": {"schema": _ref(openai.ErrorResponse)}}
+            described["content"] = {"application/json": {"schema": _ref(_error_of(operation, status))}}
         responses.setdefault(str(status), described)
     return responses
 
 
 def _answer_headers(status: int) -> Json:
     headers: Json = {} if status == _HEAD_TOO_LARGE else {"x-request-id": {"schema": {"type": "string"}}}
-    if status in (429, 503):
+    if status in (429, 503, 529):
         headers["retry-after"] = {
             "description": "Seconds; where a retry is known to help.",
             "schema": {"type": "integer", "minimum": 1},
@@ -235,7 +271,35 @@ def _content(operation: _Operation) -> Json:
     content: Json = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.chunk is not None:
         content["text/event-stream"] = {"schema": _event(operation.chunk)}
+    if operation.events:
+        content["text/event-stream"] = {"schema": _named_event((*operation.events, operation.error))}
     return content
+
+
+def _anthropic_type(code: ErrorCode) -> str:
+    return anthropic_api.type_and_status(code)[0]
+
+
+def _error_of(operation: _Operation, status: int) -> type[msgspec.Struct]:
+    """Bytes that are no HTTP have no path."""
+    return openai.ErrorResponse if status == _HEAD_TOO_LARGE else operation.error
+
+
+def _named_event(structs: Iterable[type[msgspec.Struct]]) -> Json:
+    return {
+        "type": "object",
+        "description": "With `stream`: each event, whose name is the `type` of its data. The last is message_stop, or "
+        "error where the answer broke off.",
+        "required": ["event", "data"],
+        "properties": {
+            "event": {"type": "string"},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"anyOf": [_ref(each) for each in structs]},
+            },
+        },
+    }
 
 
 def _event(chunk: type[msgspec.Struct]) -> Json:
@@ -260,7 +324,8 @@ def _ref(struct: type[msgspec.Struct]) -> Json:
 def _schemas() -> Json:
     structs: list[Any] = [openai.ErrorResponse]
     for operation in _OPERATIONS:
-        structs += [each for each in (operation.answer, operation.request, operation.chunk) if _is_struct(each)]
+        told = (operation.answer, operation.request, operation.chunk, operation.error, *operation.events)
+        structs += [each for each in told if _is_struct(each)]
     _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
     for schema in schemas.values():
         # Written for those who read the code.
@@ -269,6 +334,7 @@ def _schemas() -> Json:
         _describe_fields(schemas[struct.__name__]["properties"], fields)
     _refuse(schemas["ChatMessage"]["properties"], CHAT_FIELDS, "messages.")
     _refuse(schemas["StreamOptions"]["properties"], CHAT_FIELDS, "stream_options.")
+    _refuse(schemas["ToolDefinition"]["properties"], MESSAGES_FIELDS, "tools.")
     for schema, patch in _PATCHES:
         _patch(schemas[schema]["properties"], patch)
     schemas["ChatMessage"]["anyOf"] = _SAYS_SOMETHING
@@ -369,6 +435,7 @@ _OF_BOTH: dict[str, dict[str, Json]] = {
     },
     "cache_salt": {"string": {"minLength": 1}},
 }
+_STOP_SEQUENCES: dict[str, Json] = {"array": _OF_BOTH["stop"]["array"]}
 _PATCHES: tuple[tuple[str, dict[str, dict[str, Json]]], ...] = (
     ("ChatCompletionRequest", {**_OF_BOTH, "messages": {"array": {"minItems": 1}}}),
     (
@@ -390,6 +457,9 @@ _PATCHES: tuple[tuple[str, dict[str, dict[str, Json]]], ...] = (
             "logprobs": {"integer": {"minimum": 0, "maximum": openai_limits.MAX_TOP_LOGPROBS}},
         },
     ),
+    ("MessagesRequest", {"messages": {"array": {"minItems": 1}}, "stop_sequences": _STOP_SEQUENCES}),
+    ("CountTokensRequest", {"messages": {"array": {"minItems": 1}}}),
+    ("Message", {"content": {"array": {"minItems": 1}}}),
     ("TokenizeRequest", {"messages": {"array": {"minItems": 1}}}),
     ("DetokenizeRequest", {"tokens": {"array": {"maxItems": tokenize.MAX_TOKENS}}}),
 )

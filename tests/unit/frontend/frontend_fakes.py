@@ -104,6 +104,7 @@ async def frontend(
     fixture = Fixture(app, metrics, script)
     server.register(Endpoint("chat", ChatCompletionRequest, fixture.handle))
     server.register(Endpoint("completions", CompletionRequest, fixture.handle))
+    server.register(Endpoint("count_tokens", ChatCompletionRequest, fixture.handle))
     server.register(Endpoint("tokenize", TokenizeRequest, fixture.handle))
     await server.start()
     try:
