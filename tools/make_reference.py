@@ -26,6 +26,7 @@ from stator.engines.sim.args import SimEngineArgs
 from stator.frontend.openapi import document
 from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
+from stator.messages.responses_fields import RESPONSES_FIELDS
 from stator.messages.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from stator.observability.metrics import FRONTEND_METRICS, FRONTEND_PROCESS_UP, ROUTER_METRICS, WORKER_METRICS
 
@@ -113,6 +114,22 @@ COUNT_HEAD = """
 The exact length of the prompt, with system and tools, by the model's own template and tokenizer; `/v1/messages` takes
 these fields as well.
 
+"""
+
+RESPONSES_HEAD = """
+## /v1/responses
+
+OpenAI's Responses API over the same models: a request becomes one for a chat completion. A stream has the typed events
+of that API, numbered, and ends with `response.completed`, `response.incomplete` or `response.failed`; there is no
+`[DONE]`. Reasoning is an item with its text in `content`, and there are no summaries. `cache_write_tokens` is always 0.
+
+Unless `store` is false or it failed, a response is kept: `GET /v1/responses/{id}` shows it, `DELETE` forgets it, and
+`GET /v1/responses/{id}/input_items` lists everything that went into it, earlier turns included, by `limit`, `order`
+and `after`. `previous_response_id` continues it, also after the responses before it are gone. The frontend process that
+made a response keeps it in memory: at most 4096 of them in 64 MiB, each for a day, the oldest leave first. All
+frontends of a deployment find it there, but it is gone when that process ends: then a request that names it is answered
+with 404, and has to be sent again with the whole conversation in `input`. A conversation has as many bytes as a
+request's body at most. Whoever knows a response's id can read it; ids cannot be guessed.
 """
 
 METRICS_HEAD = """\
@@ -246,6 +263,8 @@ def api_page() -> str:
         parts.append(f"\nvLLM's:\n\n{field_table([each for each in fields if each.extension])}")
     only_messages = [each for each in MESSAGES_FIELDS if each not in COUNT_FIELDS]
     parts.append(MESSAGES_HEAD + field_table(only_messages) + COUNT_HEAD + field_table(list(COUNT_FIELDS)))
+    parts.append(f"{RESPONSES_HEAD}\n{field_table([each for each in RESPONSES_FIELDS if not each.extension])}")
+    parts.append(f"\nvLLM's:\n\n{field_table([each for each in RESPONSES_FIELDS if each.extension])}")
     for path, fields in (("/tokenize", TOKENIZE_FIELDS), ("/detokenize", DETOKENIZE_FIELDS)):
         parts.append(f"\n## {path}\n\nAs in vLLM's server.\n\n{field_table(list(fields))}")
     return "".join(parts)

@@ -211,7 +211,7 @@ def _add_blocks(turns: _Turns, role: str, blocks: Iterable[api.Block], where: st
     add_texts()
 
 
-def _content(content: str | Iterable[api.TextBlock]) -> str | list[TextPart]:
+def _content(content: str | Iterable[api.TextBlock | api.OnlyText]) -> str | list[TextPart]:
     if isinstance(content, str):
         return content
     parts = [TextPart(block.text) for block in content]

@@ -72,7 +72,7 @@ def decode_body(decode: Callable[[bytes], _T], body: bytes) -> _T:
     try:
         return decode(body)
     except msgspec.ValidationError as error:
-        _refuse_field(str(error))
+        refuse_field(str(error))
     except msgspec.DecodeError as error:
         _refuse(_json_fault(str(error), body))
     except UnicodeDecodeError as error:
@@ -99,12 +99,12 @@ def _json_fault(text: str, body: bytes) -> str:
     return f"The request body is not valid JSON: {text.removeprefix('JSON is malformed: ')}."
 
 
-def _refuse_field(text: str) -> NoReturn:
-    """text: msgspec's message, "what is wrong" or "what is wrong - at `$.path`"."""
+def refuse_field(text: str, where: str = "") -> NoReturn:
+    """text: msgspec's message, "what is wrong" or "what is wrong - at `$.path`". where: the path of its `$`."""
     detail, _, path = text.rpartition(" - at `$")
     if not detail:
         detail, path = path, ""
-    param = path.removesuffix("`").removeprefix(".").replace("[...]", "")
+    param = (where + path.removesuffix("`")).removeprefix(".").replace("[...]", "")
     missing = detail.removeprefix("Object missing required field `")
     if missing != detail:
         param = f"{param}.{missing.removesuffix('`')}" if param else missing.removesuffix("`")

@@ -5,7 +5,7 @@ here or behind it knows of HTTP, admission, deadlines or metrics; all of it is c
 wait.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -98,6 +98,8 @@ class Dialect(Protocol):
     @property
     def generates(self) -> bool: ...
 
-    def decode(self, body: bytes, /) -> Asked:
-        """Raises StatorError that names the field at fault, for whatever bytes."""
+    def decode(self, body: bytes, /) -> Asked | Awaitable[Asked]:
+        """Awaitable if it has to look something up elsewhere.
+
+        Raises StatorError that names the field at fault, for whatever bytes."""
         ...

@@ -5,7 +5,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from stator.errors import Ending, ErrorCode, StatorError
@@ -122,29 +122,21 @@ class Generation:
         for stream in list(self._streams):
             stream.fail(StatorError(ErrorCode.DRAINING, "The server stopped before this answer was complete."))
 
-    async def handle(self, http: HttpExchange, dialect: Dialect) -> None:
-        """Serve an endpoint whose answers are made of a Processor's deltas."""
-        http.errors = dialect.errors
-        await self._handle(http, dialect.label, lambda record, loop: self._serve(http, dialect, record, loop))
-
-    async def handle_unary(self, http: HttpExchange, endpoint: str, unary: Unary) -> None:
-        """Serve one that answers with one item."""
-        await self._handle(http, endpoint, lambda record, loop: self._serve_unary(http, endpoint, record, unary))
-
-    async def _handle(
-        self,
-        http: HttpExchange,
-        label: str,
-        serve: Callable[[_Record, asyncio.AbstractEventLoop], Coroutine[None, None, None]],
-    ) -> None:
+    async def handle(self, http: HttpExchange, dialect: Dialect | Unary) -> None:
+        """Unary: an endpoint that answers with one item."""
         loop = self._loop
         if loop is None:
             # Asking for the running loop is a system call on CPython 3.11.
             loop = self._loop = asyncio.get_running_loop()
+        label = dialect.label
+        http.errors = dialect.errors
         record = _Record(label, loop.time())
         self._enter(label)
         try:
-            await serve(record, loop)
+            if isinstance(dialect, Unary):
+                await self._serve_unary(http, dialect, record)
+            else:
+                await self._serve(http, dialect, record, loop)
         except ClientGone:
             self._metrics.counter("client_disconnects_total", label).inc()
         except StatorError as error:
@@ -187,6 +179,8 @@ class Generation:
         self._admit()
         body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
         asked = dialect.decode(body)
+        if isinstance(asked, Awaitable):
+            asked = await asked
         request, endpoint = asked.request, dialect.endpoint
         if logger.isEnabledFor(logging.DEBUG) and (ignored := undeclared_fields(asked.body, body)):
             logger.debug("request %s: fields that are not known are ignored: %r", http.call_id, ignored)
@@ -207,8 +201,9 @@ class Generation:
             logger.warning("request %s goes to another Processor: %s", http.call_id, error.message)
             await self._answer(http, call, other, record)
 
-    async def _serve_unary(self, http: HttpExchange, endpoint: str, record: _Record, unary: Unary) -> None:
+    async def _serve_unary(self, http: HttpExchange, unary: Unary, record: _Record) -> None:
         self._admit()
+        endpoint = unary.label
         body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
         request = unary.request(body, self._models, http.call_id)
         record.model = self._label(request.model or OTHER)

@@ -124,6 +124,7 @@ class HttpExchange:
         "method",
         "path",
         "pipe",
+        "query",
         "receive",
         "request_id",
     )
@@ -131,6 +132,7 @@ class HttpExchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, rng: random.Random) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: bytes = scope.get("query_string", b"")
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.receive = receive
         self.pipe: Pipe | None = scope.get("extensions", {}).get(PIPE)

@@ -6,7 +6,7 @@ the paths against the routes and the answers against their schemas.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,10 +17,11 @@ from stator.errors import ERRORS, ErrorCode
 from stator.frontend import anthropic as anthropic_api
 from stator.frontend import openapi_answers as answers
 from stator.frontend import openapi_anthropic
-from stator.messages import anthropic, openai, openai_limits, tokenize
+from stator.messages import anthropic, openai, openai_limits, responses, tokenize
 from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
 from stator.messages.openai_limits import RANGES
+from stator.messages.responses_fields import RESPONSES_FIELDS
 from stator.observability.metrics import CONTENT_TYPE
 
 Json = dict[str, Any]
@@ -67,7 +68,7 @@ class _Operation:
     """answer: a struct for JSON, or a media type. request: of a POST, with its table of fields. chunk: of a stream.
 
     parameter: the last part of the path. answered: statuses with the answer's schema. events: of a stream of
-    named ones. anthropic: errors are in that form.
+    named ones. anthropic: errors are in that form. deleted: the answer of a DELETE. query: parameters of a GET.
     """
 
     path: str
@@ -79,6 +80,8 @@ class _Operation:
     chunk: type[msgspec.Struct] | None = None
     parameter: str | None = None
     answered: tuple[int, ...] = (200,)
+    deleted: type[msgspec.Struct] | None = None
+    query: tuple[tuple[str, str, Json], ...] = ()
     events: tuple[type[msgspec.Struct], ...] = ()
     anthropic: bool = False
 
@@ -129,6 +132,37 @@ _OPERATIONS = (
         anthropic=True,
     ),
     _Operation(
+        "/v1/responses",
+        "createResponse",
+        "Answer a conversation that may be kept",
+        answers.ResponseObject,
+        (*_OF_GENERATION, ErrorCode.NOT_FOUND),
+        responses.ResponsesRequest,
+        answers.ResponseEvent,
+    ),
+    _Operation(
+        "/v1/responses/{id}",
+        "showResponse",
+        "A response that is kept",
+        answers.ResponseObject,
+        (*_OF_ANY, ErrorCode.NOT_FOUND),
+        parameter="id",
+        deleted=answers.DeletedResponse,
+    ),
+    _Operation(
+        "/v1/responses/{id}/input_items",
+        "listInputItems",
+        "What went into a response that is kept",
+        answers.InputItems,
+        (*_OF_ANY, ErrorCode.NOT_FOUND),
+        parameter="id",
+        query=(
+            ("limit", "Items of a page.", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}),
+            ("order", "The newest first, or the oldest.", {"enum": ["desc", "asc"], "default": "desc"}),
+            ("after", "The id of the last item of the page before.", {"type": "string"}),
+        ),
+    ),
+    _Operation(
         "/tokenize",
         "tokenize",
         "The tokens of a prompt or a conversation",
@@ -173,6 +207,7 @@ _FIELDS: dict[type[msgspec.Struct], Sequence[Field]] = {
     openai.CompletionRequest: COMPLETION_FIELDS,
     anthropic.MessagesRequest: MESSAGES_FIELDS,
     anthropic.CountTokensRequest: COUNT_FIELDS,
+    responses.ResponsesRequest: RESPONSES_FIELDS,
     tokenize.TokenizeRequest: tokenize.TOKENIZE_FIELDS,
     tokenize.DetokenizeRequest: tokenize.DETOKENIZE_FIELDS,
 }
@@ -199,6 +234,10 @@ def document() -> Json:
             paths[operation.path] = {"post": _operation(operation)}
         else:
             paths[operation.path] = {"get": _operation(operation), "head": _operation(operation, head=True)}
+        if operation.deleted is not None:
+            name, summary = operation.name.replace("show", "delete"), operation.summary + ", forgotten"
+            deletion = replace(operation, name=name, summary=summary, answer=operation.deleted)
+            paths[operation.path]["delete"] = _operation(deletion)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -223,6 +262,9 @@ def _operation(operation: _Operation, *, head: bool = False) -> Json:
         made["parameters"].append(
             {"name": operation.parameter, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         )
+    made["parameters"] += [
+        {"name": name, "in": "query", "description": text, "schema": schema} for name, text, schema in operation.query
+    ]
     if operation.request is not None:
         made["parameters"] += [_header(name, text, schema) for name, text, schema in _HEADERS]
         made["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(operation.request)}}}
@@ -270,7 +312,8 @@ def _content(operation: _Operation) -> Json:
         return {operation.answer: {"schema": schema}}
     content: Json = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.chunk is not None:
-        content["text/event-stream"] = {"schema": _event(operation.chunk)}
+        is_typed = operation.chunk is answers.ResponseEvent
+        content["text/event-stream"] = {"schema": _typed_event() if is_typed else _event(operation.chunk)}
     if operation.events:
         content["text/event-stream"] = {"schema": _named_event((*operation.events, operation.error))}
     return content
@@ -317,6 +360,21 @@ def _event(chunk: type[msgspec.Struct]) -> Json:
     }
 
 
+def _typed_event() -> Json:
+    data: Json = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": _ref(answers.ResponseEvent),
+    }
+    return {
+        "type": "object",
+        "description": "With `stream`: each event. The last is response.completed, response.incomplete or "
+        "response.failed.",
+        "required": ["event", "data"],
+        "properties": {"event": {"type": "string"}, "data": data},
+    }
+
+
 def _ref(struct: type[msgspec.Struct]) -> Json:
     return {"$ref": _REF.format(name=struct.__name__)}
 
@@ -324,7 +382,14 @@ def _ref(struct: type[msgspec.Struct]) -> Json:
 def _schemas() -> Json:
     structs: list[Any] = [openai.ErrorResponse]
     for operation in _OPERATIONS:
-        told = (operation.answer, operation.request, operation.chunk, operation.error, *operation.events)
+        told = (
+            operation.answer,
+            operation.request,
+            operation.chunk,
+            operation.error,
+            operation.deleted,
+            *operation.events,
+        )
         structs += [each for each in told if _is_struct(each)]
     _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
     for schema in schemas.values():
@@ -335,6 +400,8 @@ def _schemas() -> Json:
     _refuse(schemas["ChatMessage"]["properties"], CHAT_FIELDS, "messages.")
     _refuse(schemas["StreamOptions"]["properties"], CHAT_FIELDS, "stream_options.")
     _refuse(schemas["ToolDefinition"]["properties"], MESSAGES_FIELDS, "tools.")
+    _refuse(schemas["TextConfig"]["properties"], RESPONSES_FIELDS, "text.")
+    _refuse(schemas["ReasoningConfig"]["properties"], RESPONSES_FIELDS, "reasoning.")
     for schema, patch in _PATCHES:
         _patch(schemas[schema]["properties"], patch)
     schemas["ChatMessage"]["anyOf"] = _SAYS_SOMETHING
@@ -437,6 +504,7 @@ _OF_BOTH: dict[str, dict[str, Json]] = {
 }
 _STOP_SEQUENCES: dict[str, Json] = {"array": _OF_BOTH["stop"]["array"]}
 _PATCHES: tuple[tuple[str, dict[str, dict[str, Json]]], ...] = (
+    ("ResponsesRequest", _OF_BOTH),
     ("ChatCompletionRequest", {**_OF_BOTH, "messages": {"array": {"minItems": 1}}}),
     (
         "CompletionRequest",

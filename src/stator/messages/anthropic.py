@@ -15,6 +15,13 @@ class TextBlock(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
     text: str
 
 
+class OnlyText(msgspec.Struct, frozen=True):
+    """A text block where there are no others. A tag may be left out where it decides nothing; this type may not."""
+
+    type: Literal["text"]
+    text: str
+
+
 class ThinkingBlock(msgspec.Struct, frozen=True, tag_field="type", tag="thinking"):
     """signature: not looked at; anybody's is taken."""
 
@@ -30,7 +37,7 @@ class ToolUseBlock(msgspec.Struct, frozen=True, tag_field="type", tag="tool_use"
 
 class ToolResultBlock(msgspec.Struct, frozen=True, tag_field="type", tag="tool_result"):
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | list[OnlyText] | None = None
     is_error: bool | None = None
 
 
@@ -94,7 +101,8 @@ class ThinkingDisabled(msgspec.Struct, frozen=True, tag_field="type", tag="disab
 Thinking = ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled
 
 
-class JsonOutput(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
+class JsonOutput(msgspec.Struct, frozen=True):
+    type: Literal["json_schema"]
     schema: dict[str, Any]
 
 
@@ -108,7 +116,7 @@ class PromptFields(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     messages: list[Message]
-    system: str | list[TextBlock] | None = None
+    system: str | list[OnlyText] | None = None
     tools: list[ToolDefinition] | None = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None

@@ -183,6 +183,8 @@ def deep(levels: int) -> Any:
             "messages[0].content[0].input",
         ),
         ({"system": [{"type": "image"}]}, "system[0].type"),
+        ({"system": [{"text": "x"}]}, "system[0].type"),
+        ({"output_config": {"format": {"schema": {}}}}, "output_config.format.type"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"tools": [{"name": "f", "input_schema": deep(70)}]}, "tools[0].input_schema"),

@@ -14,6 +14,7 @@ from stator.frontend.openapi import document, document_json
 from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect
 from stator.messages.openai_limits import RANGES
+from stator.messages.responses_fields import RESPONSES_FIELDS
 from stator.messages.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 
 DOCUMENT: dict[str, Any] = json.loads(document_json())
@@ -50,6 +51,7 @@ def test_the_paths_are_the_routes_and_every_method_of_them():
         assert {path for path in parts if fe.app._method_of(path) == "GET"} == parts
         for path in parts:
             served[path] = "GET"
+        described["/v1/responses/{id}"].remove("delete")
         assert described == {path: {"post"} if method == "POST" else {"get", "head"} for path, method in served.items()}
 
     asyncio.run(run())
@@ -72,6 +74,7 @@ def test_it_is_served_and_made_once():
         ("CompletionRequest", COMPLETION_FIELDS),
         ("MessagesRequest", MESSAGES_FIELDS),
         ("CountTokensRequest", COUNT_FIELDS),
+        ("ResponsesRequest", RESPONSES_FIELDS),
         ("TokenizeRequest", TOKENIZE_FIELDS),
         ("DetokenizeRequest", DETOKENIZE_FIELDS),
     ],
