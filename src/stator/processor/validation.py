@@ -47,6 +47,10 @@ def _invalid(param: str, message: str) -> StatorError:
     return StatorError(ErrorCode.INVALID_REQUEST, message, param=param)
 
 
+def _too_long(param: str, message: str) -> StatorError:
+    return StatorError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param=param)
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
     """What an absent field means: the model's generation_config.json where it says, else OpenAI's value."""
@@ -226,15 +230,17 @@ def resolve_max_tokens(request: Request, num_prompt_tokens: int, max_model_len: 
         # An engine samples at least one token; it is not shown.
         asked = 1
     left = max_model_len - num_prompt_tokens
-    context = f"This model's context is {max_model_len} tokens; the prompt has {num_prompt_tokens} tokens"
-    if asked is not None and asked > left:
-        raise _invalid(
-            param if left >= 1 else prompt_param,
-            f"{context} and {param} asks for {asked}, {asked - left} too many together. "
-            + (f"Ask for at most {left}, or shorten the prompt." if left >= 1 else "Shorten the prompt."),
-        )
+    # LiteLLM knows this failure by these first words, LangChain by "prompt is too long": openai-python, on which it is
+    # built, does not put the code into an error's text.
+    context = f"This model's maximum context length is {max_model_len} tokens"
     if left < 1:
-        raise _invalid(prompt_param, f"{context}, which leaves no room for an answer. Shorten the prompt.")
+        tokens = f"its {num_prompt_tokens} tokens leave no room for an answer"
+        raise _too_long(prompt_param, f"{context}, and the prompt is too long: {tokens}. Shorten it.")
+    if asked is not None and asked > left:
+        asks = (
+            f"the prompt has {num_prompt_tokens} tokens and {param} asks for {asked}, {asked - left} too many together"
+        )
+        raise _too_long(param, f"{context}; {asks}. Ask for at most {left}, or shorten the prompt.")
     if asked is not None:
         return asked
     return left if chat else min(left, DEFAULT_COMPLETION_TOKENS)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from stator.core.public_errors import TOLD
 from stator.errors import ERRORS, Ending, ErrorCode, StatorError
 from stator.frontend.anthropic import ANTHROPIC_ERRORS, INVALID_JSON, SIGNATURE, MessageEvents, WholeMessage
 from stator.frontend.anthropic_request import Translated, decode_count_tokens, decode_messages
@@ -486,7 +487,7 @@ def test_a_failure_amid_a_stream_is_its_last_event():
             head, data = last.split(b"\ndata: ")
             error = json.loads(data)["error"]
             assert head == b"event: error" and error["type"] == "api_error"
-            assert error["message"] == PUBLIC[ErrorCode.INSTANCE_LOST]
+            assert error["message"] == TOLD[ErrorCode.INSTANCE_LOST]
 
     run(test)
 

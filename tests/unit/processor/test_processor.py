@@ -354,7 +354,7 @@ def test_token_ids_as_prompt_and_long_prompts_on_a_thread() -> None:
             assert unpack(first.prompt_ids) == [7, 8, 9]
             assert second.prompt_ids == case.tokenizer.encode("In the beginning God created", add_special_tokens=True)
             too_long = await case.open("completions", completion("In the beginning " * 200)).done()
-            assert too_long.error is not None and too_long.error.code is ErrorCode.INVALID_REQUEST
+            assert too_long.error is not None and too_long.error.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED
             await case.processor.drain()
 
     asyncio.run(run())
@@ -437,7 +437,7 @@ def test_refusals_reach_the_caller_with_code_and_field() -> None:
         ("completions", completion(""), ErrorCode.INVALID_REQUEST, "prompt"),
         ("completions", completion(["a", ""]), ErrorCode.INVALID_REQUEST, "prompt"),
         ("completions", completion(stop=[""]), ErrorCode.INVALID_REQUEST, "stop"),
-        ("completions", completion(max_tokens=1000), ErrorCode.INVALID_REQUEST, "max_tokens"),
+        ("completions", completion(max_tokens=1000), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "max_tokens"),
     ]
 
     async def run() -> None:

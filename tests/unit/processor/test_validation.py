@@ -222,7 +222,7 @@ def test_what_does_not_fit_says_both_numbers_and_the_limit() -> None:
     error = refusal(validation.resolve_max_tokens, chat(max_tokens=61), 40, 100)
     assert error.param == "max_tokens"
     assert error.message.startswith(
-        "This model's context is 100 tokens; the prompt has 40 tokens and max_tokens asks for 61"
+        "This model's maximum context length is 100 tokens; the prompt has 40 tokens and max_tokens asks for 61"
     )
     error = refusal(validation.resolve_max_tokens, chat(max_completion_tokens=61), 40, 100)
     assert error.param == "max_completion_tokens" and "max_completion_tokens asks for 61" in error.message
@@ -233,6 +233,8 @@ def test_a_prompt_that_fills_the_context() -> None:
     for fields in ({}, {"max_tokens": 1}):
         error = refusal(validation.resolve_max_tokens, chat(**fields), 100, 100)
         assert error.param == "messages" and "100 tokens" in error.message
+        assert "maximum context length is" in error.message and "prompt is too long" in error.message, "clients look"
+        assert error.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED and error.info.status == 400
     assert refusal(validation.resolve_max_tokens, completion(), 0, 100).param == "prompt"
 
 
