@@ -19,7 +19,7 @@ from typing import Any
 
 from stator.config.hub import Needs, resolve_async
 from stator.core.hashing import block_hashes
-from stator.core.sequence_limits import resumed_finish, validate
+from stator.core.sequence_limits import cannot_embed, resumed_finish, validate
 from stator.engines.base import EngineHost, KvListener, NodePlace
 from stator.engines.sinks import end_sink, push_last
 from stator.engines.vllm import args as vllm_args
@@ -38,6 +38,7 @@ from stator.engines.vllm.started import Launch, StartedVllm, launch
 from stator.engines.vllm.transfer import VllmTransfer
 from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
+from stator.messages.embeddings import EmbedRequest
 from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, FinishReason, PrefillResult, TokenDelta
 from stator.messages.tokens import BYTES_PER_TOKEN, num_tokens, unpack
 from stator.runtime.tasks import TaskOwner
@@ -199,6 +200,9 @@ class VllmEngine:
         stream = _Stream(request, sink, transfer_id=TransferId(f"{self._host.instance_id}.{secrets.token_hex(12)}"))
         self._streams[request.request_id] = stream
         self._tasks.spawn(self._submit(stream), f"submit prefill {request.request_id}")
+
+    def embed(self, request: EmbedRequest, sink: Sink) -> None:
+        asyncio.get_running_loop().call_soon(end_sink, sink, cannot_embed("vllm"))
 
     def abort(self, request_id: RequestId) -> None:
         stream = self._streams.get(request_id)
