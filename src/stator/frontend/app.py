@@ -13,6 +13,7 @@ import stator
 from stator.errors import ErrorCode, StatorError
 from stator.frontend.decisions import DECISION_PREFIX, DecisionView
 from stator.frontend.decode import CHAT, COMPLETIONS
+from stator.frontend.embeddings import EMBEDDINGS, EMBEDDINGS_ENDPOINT
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
 from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
@@ -74,6 +75,7 @@ class FrontendApp:
         self._routes: dict[str, tuple[str, Respond]] = {
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS)),
+            "/v1/embeddings": ("POST", lambda http: self.generation.handle(http, EMBEDDINGS, EMBEDDINGS_ENDPOINT)),
             "/tokenize": ("POST", lambda http: self.generation.handle(http, "tokenize", TOKENIZE)),
             "/detokenize": ("POST", lambda http: self.generation.handle(http, "detokenize", DETOKENIZE)),
             "/v1/models": ("GET", self._list_models),

@@ -11,6 +11,7 @@ from openapi_spec_validator import validate
 
 from stator.errors import ERRORS
 from stator.frontend.openapi import document, document_json
+from stator.messages.embeddings import EMBEDDING_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect
 from stator.messages.openai_limits import RANGES
 from stator.messages.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
@@ -69,6 +70,7 @@ def test_it_is_served_and_made_once():
     [
         ("ChatCompletionRequest", CHAT_FIELDS),
         ("CompletionRequest", COMPLETION_FIELDS),
+        ("EmbeddingsRequest", EMBEDDING_FIELDS),
         ("TokenizeRequest", TOKENIZE_FIELDS),
         ("DetokenizeRequest", DETOKENIZE_FIELDS),
     ],
@@ -171,3 +173,13 @@ def test_answers_and_their_chunks_are_as_described(path: str, name: str):
             validator(f"{name}Chunk").validate(event)
 
     asyncio.run(run())
+
+
+def test_embeddings_are_as_described():
+    assert takes("EmbeddingsRequest", {"model": MODEL, "input": [[1], [2]], "encoding_format": "base64"})
+    for wrong in ("", [], [[]], ["a", 1], None, [-1], ["a"] * 2049):
+        assert not takes("EmbeddingsRequest", {"model": MODEL, "input": wrong})
+    for shown in ([0.5], "AAAAPw=="):
+        data = [{"object": "embedding", "index": 0, "embedding": shown}]
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        validator("EmbeddingList").validate({"object": "list", "data": data, "model": MODEL, "usage": usage})
