@@ -68,7 +68,6 @@ class Worker:
         sink = _Passed(self, call, request_id)
         self.bench.engine.generate(msgspec.structs.replace(request, request_id=request_id), sink)
 
-
     def embed(self, call: Call) -> None:
         request: EmbedRequest = call.request
         self.embedded.append(request)

@@ -119,8 +119,16 @@ def cannot_embed(engine: str) -> StatorError:
     )
 
 
-def cannot_truncate(engine: str) -> StatorError:
-    message = f"this model's embeddings cannot be truncated ({engine} engine); leave dimensions out"
+def cannot_generate(engine: str) -> StatorError:
+    return StatorError(
+        ErrorCode.UNSUPPORTED,
+        f"this model makes embeddings ({engine} engine, runner: pooling) and no text; use /v1/embeddings",
+        param="model",
+    )
+
+
+def cannot_truncate(engine: str, dimensions: int) -> StatorError:
+    message = f"the engine of this model ({engine}) cannot cut its embeddings to {dimensions} dimensions; leave it out"
     return StatorError(ErrorCode.UNSUPPORTED, message, param="dimensions")
 
 

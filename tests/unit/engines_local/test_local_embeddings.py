@@ -9,7 +9,6 @@ import pytest
 from stator.engines.local.numpy_runner import NumpyRunner
 from stator.engines.local.pooling import PART_TOKENS, MeanPool
 from stator.engines.local.runner import Chunk
-
 from unit.engines_local.local_models import block, decilm_config, random_tensors, write_model
 from unit.engines_local.pooled import mean_pooled
 

@@ -202,7 +202,7 @@ class LocalEngine:
         if self._embeddings is None:
             raise cannot_embed(self._name)
         if request.dimensions is not None:
-            raise cannot_truncate(self._name)
+            raise cannot_truncate(self._name, request.dimensions)
         validate_embedding(request, self._runner.vocab_size, self._max_model_len)
         return self._embeddings
 
