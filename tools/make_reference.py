@@ -24,8 +24,10 @@ from stator.config.step_times import shipped_step_times
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.sim.args import SimEngineArgs
 from stator.frontend.openapi import document
+from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
 from stator.messages.embeddings import EMBEDDING_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
+from stator.messages.responses_fields import RESPONSES_FIELDS
 from stator.messages.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from stator.observability.metrics import FRONTEND_METRICS, FRONTEND_PROCESS_UP, ROUTER_METRICS, WORKER_METRICS
 
@@ -92,6 +94,44 @@ has no probabilities, `logit_bias`, `allowed_token_ids` or embeddings; vLLM has 
 Every answer that is not streamed has `usage` with `prompt_tokens_details.cached_tokens`; a stream has it with
 `stream_options.include_usage`. Of several choices each is routed, and continued after the death of its worker, by
 itself; the prompt is counted once.
+"""
+
+MESSAGES_HEAD = """
+## /v1/messages
+
+In Anthropic's shape: request, answer, events of a stream and errors (`invalid_request_error` 400, `not_found_error`
+404, `request_too_large` 413, `api_error` 500, `timeout_error` 504, `overloaded_error` 529). Errors name the field in
+their message. The headers `anthropic-version`, `anthropic-beta` and `x-api-key` are accepted without effect.
+
+`usage.input_tokens` is the prompt without what was in a cache, which is `cache_read_input_tokens`. `stop_sequence` says
+which one ended the answer. Thinking carries a signature that signs nothing, and anybody's is taken. The `input` of a
+call whose JSON the model did not end, or not write well, is `{"INVALID_JSON": "its text"}` in an answer that is not
+streamed.
+
+"""
+
+COUNT_HEAD = """
+## /v1/messages/count_tokens
+
+The exact length of the prompt, with system and tools, by the model's own template and tokenizer; `/v1/messages` takes
+these fields as well.
+
+"""
+
+RESPONSES_HEAD = """
+## /v1/responses
+
+OpenAI's Responses API over the same models: a request becomes one for a chat completion. A stream has the typed events
+of that API, numbered, and ends with `response.completed`, `response.incomplete` or `response.failed`; there is no
+`[DONE]`. Reasoning is an item with its text in `content`, and there are no summaries. `cache_write_tokens` is always 0.
+
+Unless `store` is false or it failed, a response is kept: `GET /v1/responses/{id}` shows it, `DELETE` forgets it, and
+`GET /v1/responses/{id}/input_items` lists everything that went into it, earlier turns included, by `limit`, `order`
+and `after`. `previous_response_id` continues it, also after the responses before it are gone. The frontend process that
+made a response keeps it in memory: at most 4096 of them in 64 MiB, each for a day, the oldest leave first. All
+frontends of a deployment find it there, but it is gone when that process ends: then a request that names it is answered
+with 404, and has to be sent again with the whole conversation in `input`. A conversation has as many bytes as a
+request's body at most. Whoever knows a response's id can read it; ids cannot be guessed.
 """
 
 METRICS_HEAD = """\
@@ -227,6 +267,10 @@ def api_page() -> str:
     ):
         parts.append(f"\n## {path}\n\n{field_table([each for each in fields if not each.extension])}")
         parts.append(f"\nvLLM's:\n\n{field_table([each for each in fields if each.extension])}")
+    only_messages = [each for each in MESSAGES_FIELDS if each not in COUNT_FIELDS]
+    parts.append(MESSAGES_HEAD + field_table(only_messages) + COUNT_HEAD + field_table(list(COUNT_FIELDS)))
+    parts.append(f"{RESPONSES_HEAD}\n{field_table([each for each in RESPONSES_FIELDS if not each.extension])}")
+    parts.append(f"\nvLLM's:\n\n{field_table([each for each in RESPONSES_FIELDS if each.extension])}")
     for path, fields in (("/tokenize", TOKENIZE_FIELDS), ("/detokenize", DETOKENIZE_FIELDS)):
         parts.append(f"\n## {path}\n\nAs in vLLM's server.\n\n{field_table(list(fields))}")
     return "".join(parts)

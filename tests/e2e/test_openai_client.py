@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+import anthropic
 import openai
 import pydantic
 import pytest
@@ -126,6 +127,23 @@ def test_what_cannot_be_done_is_named(client: openai.OpenAI) -> None:
     assert refused.value.param == "modalities"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": QUESTION}])
+
+
+def test_anthropics_client_on_the_same_deployment(head: Head, client: openai.OpenAI) -> None:
+    question: list[anthropic.types.MessageParam] = [{"role": "user", "content": QUESTION}]
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": QUESTION}], stop=".", temperature=0
+    )
+    with anthropic.Anthropic(base_url=f"http://127.0.0.1:{head.port}", api_key="none", max_retries=0) as other:
+        with other.messages.stream(
+            model=MODEL, messages=question, max_tokens=100, stop_sequences=["."], extra_body={"temperature": 0}
+        ) as stream:
+            message = stream.get_final_message()
+        counted = other.messages.count_tokens(model=MODEL, messages=question)
+    (block,) = message.content
+    assert block.type == "text" and block.text == answer.choices[0].message.content
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ".")
+    assert answer.usage is not None and counted.input_tokens == answer.usage.prompt_tokens
 
 
 class Mood(pydantic.BaseModel):

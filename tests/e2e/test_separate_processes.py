@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 import pytest
 from metrics import parse
@@ -69,6 +70,7 @@ def test_a_frontend_of_several_processes(tmp_path: Path, reference: Reference) -
         for _ in range(4):
             assert sum(of_process(head, "requests_total").values()) == sent
             assert of_process(head, "frontend_process_up") == {"1": 1.0, "2": 1.0}
+        check_responses(head)
 
         # One dies: the other goes on serving, and the first comes back to the same socket.
         frontends = [p for p in head.serve.tree() if _accepts(p, head.port) and p.pid != head.serve.process.pid]
@@ -86,6 +88,32 @@ def test_a_frontend_of_several_processes(tmp_path: Path, reference: Reference) -
         head.serve.stop()
     with pytest.raises(subprocess.CalledProcessError):
         head.curl("/health")
+
+
+def check_responses(head: Head) -> None:
+    """A response goes on whichever process has the connection."""
+    url = f"http://127.0.0.1:{head.port}/v1"
+
+    def ask(text: str, **fields: Any) -> Any:
+        # A client, and so a connection, of its own.
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            return client.responses.create(model="tiny-llama", input=text, max_output_tokens=4, **fields)
+
+    first = ask("Tell me a story about a fox.")
+    deadline = time.monotonic() + 30
+    answers: set[str] = set()
+    while len({process for process, times in responses_of(head).items() if times}) < 2:
+        assert time.monotonic() < deadline
+        answers.add(ask("And then?", previous_response_id=first.id, temperature=0).output_text)
+    answers.add(ask("And then?", previous_response_id=first.id, temperature=0).output_text)
+    assert len(answers) == 1
+    for _ in range(8):
+        assert json.loads(head.curl(f"/v1/responses/{first.id}"))["output"] == [each.to_dict() for each in first.output]
+
+
+def responses_of(head: Head) -> dict[str, float]:
+    samples = [s for s in parse(head.curl("/metrics")) if s.name == "stator_requests_total"]
+    return {s.labels["process"]: s.value for s in samples if s.labels["endpoint"] == "responses"}
 
 
 def _accepts(process: psutil.Process, port: int) -> bool:

@@ -3,7 +3,7 @@ the workers in turn; a worker may be told to die in the midst of its answers."""
 
 import itertools
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
 from typing import Any
@@ -58,11 +58,13 @@ class Worker:
         self.dies_after: int | None = None
         self.requests: list[EngineRequest] = []
         self.embedded: list[EmbedRequest] = []
+        self.headers: list[Mapping[str, str]] = []
         self._numbers = itertools.count()
 
     def generate(self, call: Call) -> None:
         request: EngineRequest = call.request
         self.requests.append(request)
+        self.headers.append(call.context.headers)
         request_id = RequestId(f"{request.request_id}/{next(self._numbers)}")
         call.on_cancel(lambda: self.bench.engine.abort(request_id))
         sink = _Passed(self, call, request_id)

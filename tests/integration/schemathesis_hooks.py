@@ -9,7 +9,7 @@ from typing import Any
 import schemathesis
 
 MODEL = os.environ["SERVED_MODEL"]
-CAPS = {"max_tokens": 4, "max_completion_tokens": 4, "n": 3, "min_tokens": 3}
+CAPS = {"max_tokens": 4, "max_completion_tokens": 4, "n": 3, "max_output_tokens": 4, "min_tokens": 3}
 MAX_N = 128
 MAX_INT32 = 2**31 - 1
 MAX_PROMPTS = 512
@@ -39,6 +39,8 @@ def ask_for_little(body: dict[str, Any], *, generates: bool) -> None:
         and body.get("max_completion_tokens") is None
     ):
         body["max_tokens"] = CAPS["max_tokens"]
+    if "input" in body and body.get("max_output_tokens") is None:
+        body["max_output_tokens"] = CAPS["max_tokens"]
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) <= MAX_PROMPTS and not any(isinstance(each, int) for each in prompt):
         body["prompt"] = prompt[:3]

@@ -274,3 +274,18 @@ def test_an_engine_without_logits_refuses_by_name_and_does_the_rest() -> None:
         assert len(body["choices"]) == 4 and body["choices"][0]["text"].startswith(LONG)
 
     run(test, engine)
+
+
+def test_ids_and_traces_reach_the_worker_and_come_back() -> None:
+    async def test(made: World) -> None:
+        trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b"}
+        body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
+        answer = await made.client().request(
+            "POST", "/v1/chat/completions", body, headers={"x-request-id": "mine-1", **trace}
+        )
+        assert answer.status == 200 and answer.headers["x-request-id"] == "mine-1"
+        (worker,) = made.workers
+        assert worker.requests[-1].request_id.startswith("mine-1-")
+        assert {name: worker.headers[-1][name] for name in trace} == trace
+
+    run(test)

@@ -202,6 +202,8 @@ def test_an_answer_explains_itself_and_the_decision_can_be_fetched(streamed: boo
             assert headers["x-stator-instance"] == first.instance
             assert headers["x-stator-overlap-blocks"] == str(100 // BLOCK)
             assert float(headers["x-stator-cost-ms"]) > 0
+            phases = dict(phase.split("=") for phase in headers["x-stator-phases"].split(", "))
+            assert phases.keys() == {"route", "engine"} and all(float(ms) > 0 for ms in phases.values())
 
             text = answer.decode().split("\n\n")[0].removeprefix("data: ") if streamed else answer.decode()
             answer_id = json.loads(text)["id"]

@@ -4,6 +4,7 @@ from components.processor import Processor
 from stator import frontend
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
 from stator.messages.metrics import MetricsSnapshot, SnapshotRequest
+from stator.messages.responses import ResponseFound, ResponseLookup
 from stator.observability.metrics import Metrics
 from stator.observability.monitor import WorkerMonitor
 from stator.transport import Call
@@ -35,6 +36,9 @@ class Frontend:
             process=context.process,
             copies=context.copies,
         )
+        self.kept_responses = frontend.SharedResponseKeeper(
+            instance_id=context.instance_id, client=context.client, directory=context.directory
+        )
         app = frontend.FrontendApp(
             client=self.served.client,
             targets=self.processor.targets,
@@ -46,6 +50,7 @@ class Frontend:
             wall=context.clocks.time,
             of_model=self.served.of_model,
             everywhere=self.served.everywhere,
+            responses=self.kept_responses,
         )
         self.server = frontend.FrontendServer(
             app, host=context.config.host, port=context.config.port, fd=context.listen_fd
@@ -68,6 +73,11 @@ class Frontend:
     def metrics(self, call: Call) -> None:
         """This process's own figures, for the other processes of this frontend."""
         self.copies.snapshot(call)
+
+    @endpoint(request=ResponseLookup, item=ResponseFound)
+    def responses(self, call: Call) -> None:
+        """What this process keeps of `/v1/responses`, for the deployment's other frontends."""
+        self.kept_responses.answer(call)
 
     @on_drain
     async def drain(self, context: ServiceContext) -> None:

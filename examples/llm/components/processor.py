@@ -60,6 +60,11 @@ class Processor:
     def completions(self, call: Call) -> None:
         self.processor.completions(call)
 
+    @endpoint(request=ChatCompletionRequest, item=CompletionDelta)
+    def count_tokens(self, call: Call) -> None:
+        """The length of a prompt, which no worker is asked for."""
+        self.processor.count_tokens(call)
+
     @endpoint(request=TokenizeRequest, item=Tokenized)
     def tokenize(self, call: Call) -> None:
         self.processor.tokenize(call)

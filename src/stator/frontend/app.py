@@ -11,13 +11,24 @@ from typing import Any
 
 import stator
 from stator.errors import ErrorCode, StatorError
+from stator.frontend.anthropic import (
+    ANTHROPIC_ERRORS,
+    COUNT_TOKENS_DIALECT,
+    COUNT_TOKENS_PATH,
+    MESSAGES_DIALECT,
+    MESSAGES_PATH,
+)
 from stator.frontend.decisions import DECISION_PREFIX, DecisionView
-from stator.frontend.decode import CHAT, COMPLETIONS
-from stator.frontend.embeddings import EMBEDDINGS, EMBEDDINGS_ENDPOINT
+from stator.frontend.embeddings import EMBEDDINGS_ENDPOINT
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
 from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
+from stator.frontend.openai_dialect import CHAT_DIALECT, COMPLETIONS_DIALECT
 from stator.frontend.openapi import document_json
+from stator.frontend.response_store import ResponseKeeper
+from stator.frontend.responses import PATH as RESPONSES_PATH
+from stator.frontend.responses import PREFIX as RESPONSES_PREFIX
+from stator.frontend.responses import KeptResponses, ResponsesDialect
 from stator.frontend.settings import FrontendSettings
 from stator.frontend.unary import DETOKENIZE, TOKENIZE
 from stator.messages.openai import ModelCard, ModelList
@@ -55,6 +66,7 @@ class FrontendApp:
         wall: Callable[[], float] = time.time,
         of_model: Callable[[str], Targets] | None = None,
         everywhere: Targets | None = None,
+        responses: ResponseKeeper | None = None,
     ) -> None:
         self._models = models
         self._health = health
@@ -72,12 +84,19 @@ class FrontendApp:
             of_model=of_model,
         )
         self._explain = DecisionView(client, targets if everywhere is None else everywhere)
+        keeper = ResponseKeeper(settings) if responses is None else responses
+        self._kept_responses = KeptResponses(keeper)
+        max_bytes = (settings or FrontendSettings()).max_body_bytes
+        responses_dialect = ResponsesDialect(keeper, max_bytes=max_bytes, wall=wall)
         self._routes: dict[str, tuple[str, Respond]] = {
-            "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT)),
-            "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS)),
-            "/v1/embeddings": ("POST", lambda http: self.generation.handle(http, EMBEDDINGS, EMBEDDINGS_ENDPOINT)),
-            "/tokenize": ("POST", lambda http: self.generation.handle(http, "tokenize", TOKENIZE)),
-            "/detokenize": ("POST", lambda http: self.generation.handle(http, "detokenize", DETOKENIZE)),
+            "/v1/embeddings": ("POST", lambda http: self.generation.handle(http, EMBEDDINGS_ENDPOINT)),
+            "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT_DIALECT)),
+            "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS_DIALECT)),
+            MESSAGES_PATH: ("POST", lambda http: self.generation.handle(http, MESSAGES_DIALECT)),
+            COUNT_TOKENS_PATH: ("POST", lambda http: self.generation.handle(http, COUNT_TOKENS_DIALECT)),
+            RESPONSES_PATH: ("POST", lambda http: self.generation.handle(http, responses_dialect)),
+            "/tokenize": ("POST", lambda http: self.generation.handle(http, TOKENIZE)),
+            "/detokenize": ("POST", lambda http: self.generation.handle(http, DETOKENIZE)),
             "/v1/models": ("GET", self._list_models),
             "/health": ("GET", self._report_health),
             "/live": ("GET", self._report_live),
@@ -90,6 +109,8 @@ class FrontendApp:
         if scope["type"] != "http":
             raise RuntimeError(f"only HTTP is served here, not {scope['type']}")
         http = HttpExchange(scope, receive, send, self._rng)
+        if http.path.startswith(MESSAGES_PATH):
+            http.errors = ANTHROPIC_ERRORS
         try:
             await self._route(http)
         except StatorError as error:
@@ -103,9 +124,16 @@ class FrontendApp:
         known = self._routes.get(path)
         if known is not None:
             return known[0]
-        return "GET" if any(path.startswith(p) and path != p for p in (MODEL_PREFIX, DECISION_PREFIX)) else None
+        return (
+            "GET"
+            if any(path.startswith(p) and path != p for p in (MODEL_PREFIX, DECISION_PREFIX, RESPONSES_PREFIX))
+            else None
+        )
 
     async def _route(self, http: HttpExchange) -> None:
+        if http.path.startswith(RESPONSES_PREFIX):
+            await self._kept_responses.handle(http)
+            return
         method = self._method_of(http.path)
         if method is None:
             raise StatorError(ErrorCode.NOT_FOUND, f"There is nothing at {_echo(http.path)}.")

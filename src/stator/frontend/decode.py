@@ -11,6 +11,7 @@ from stator.errors import ErrorCode, StatorError
 from stator.messages.embeddings import EmbeddingsRequest
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from stator.messages.tokenize import DetokenizeRequest, TokenizeRequest
+from stator.messages.tools import Tool
 
 CHAT = "chat"
 COMPLETIONS = "completions"
@@ -47,41 +48,43 @@ _T = TypeVar("_T")
 def decode_request(endpoint: str, body: bytes) -> ChatCompletionRequest | CompletionRequest:
     """endpoint: CHAT or COMPLETIONS. Raises StatorError(INVALID_REQUEST), with the field in `param` if one is at
     fault and the byte in the message if the JSON is."""
-    request = _decode(_DECODE_CHAT if endpoint == CHAT else _DECODE_COMPLETION, body)
-    _check(request)
+    request = decode_body(_DECODE_CHAT if endpoint == CHAT else _DECODE_COMPLETION, body)
+    check_request(request)
     return request
 
 
 def decode_tokenize(body: bytes) -> TokenizeRequest:
     """Raises as decode_request."""
-    request = _decode(_DECODE_TOKENIZE, body)
-    for name in ("tools", "chat_template_kwargs", "mm_processor_kwargs"):
+    request = decode_body(_DECODE_TOKENIZE, body)
+    _check_tools(request.tools)
+    for name in ("chat_template_kwargs", "mm_processor_kwargs"):
         if (value := getattr(request, name)) is not None:
-            _check_free_form(value, name)
+            check_free_form(value, name)
     _check_messages(request.messages or ())
     return request
 
 
 def decode_detokenize(body: bytes) -> DetokenizeRequest:
     """Raises as decode_request."""
-    return _decode(_DECODE_DETOKENIZE, body)
+    return decode_body(_DECODE_DETOKENIZE, body)
 
 
 def decode_embeddings(body: bytes) -> EmbeddingsRequest:
     """Raises as decode_request."""
-    request = _decode(_DECODE_EMBEDDINGS, body)
+    request = decode_body(_DECODE_EMBEDDINGS, body)
     for name in ("messages", "mm_processor_kwargs"):
         if (value := getattr(request, name)) is not None:
-            _check_free_form(value, name)
+            check_free_form(value, name)
     _check_not_mixed(request.input, "input")
     return request
 
 
-def _decode(decode: Callable[[bytes], _T], body: bytes) -> _T:
+def decode_body(decode: Callable[[bytes], _T], body: bytes) -> _T:
+    """decode: of a msgspec decoder. Raises as decode_request."""
     try:
         return decode(body)
     except msgspec.ValidationError as error:
-        _refuse_field(str(error))
+        refuse_field(str(error))
     except msgspec.DecodeError as error:
         _refuse(_json_fault(str(error), body))
     except UnicodeDecodeError as error:
@@ -108,12 +111,12 @@ def _json_fault(text: str, body: bytes) -> str:
     return f"The request body is not valid JSON: {text.removeprefix('JSON is malformed: ')}."
 
 
-def _refuse_field(text: str) -> NoReturn:
-    """text: msgspec's message, "what is wrong" or "what is wrong - at `$.path`"."""
+def refuse_field(text: str, where: str = "") -> NoReturn:
+    """text: msgspec's message, "what is wrong" or "what is wrong - at `$.path`". where: the path of its `$`."""
     detail, _, path = text.rpartition(" - at `$")
     if not detail:
         detail, path = path, ""
-    param = path.removesuffix("`").removeprefix(".").replace("[...]", "")
+    param = (where + path.removesuffix("`")).removeprefix(".").replace("[...]", "")
     missing = detail.removeprefix("Object missing required field `")
     if missing != detail:
         param = f"{param}.{missing.removesuffix('`')}" if param else missing.removesuffix("`")
@@ -128,7 +131,8 @@ def _refuse_field(text: str) -> NoReturn:
     _refuse(f"Invalid value for '{param}': {detail}.", param)
 
 
-def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
+def check_request(request: ChatCompletionRequest | CompletionRequest) -> None:
+    """What types cannot say. Raises as decode_request."""
     if request.stream_options is not None and not request.stream:
         _refuse("'stream_options' is only allowed together with 'stream': true.", "stream_options")
     if request.response_format is not None or request.structured_outputs is not None:
@@ -138,10 +142,8 @@ def _check(request: ChatCompletionRequest | CompletionRequest) -> None:
         return
     for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
         if value is not None:
-            _check_free_form(value, name)
-    for index, tool in enumerate(request.tools or ()):
-        if tool.function is not None and tool.function.parameters is not None:
-            _check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
+            check_free_form(value, name)
+    _check_tools(request.tools)
     _check_messages(request.messages)
 
 
@@ -155,15 +157,21 @@ def _check_messages(messages: Sequence[ChatMessage]) -> None:
         if (refused := _REFUSED_OF_MESSAGE(message)) != _NONE_OF_MESSAGE:
             _refuse_message_field(refused, f"messages[{index}]")
         if message.tool_calls is not None:
-            _check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+            check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
+
+
+def _check_tools(tools: Sequence[Tool] | None) -> None:
+    for index, tool in enumerate(tools or ()):
+        if tool.function is not None and tool.function.parameters is not None:
+            check_free_form(tool.function.parameters, f"tools[{index}].function.parameters")
 
 
 def _check_form(request: ChatCompletionRequest | CompletionRequest) -> None:
     format, asked = request.response_format, request.structured_outputs
     if format is not None and format.json_schema is not None and format.json_schema.schema is not None:
-        _check_free_form(format.json_schema.schema, "response_format.json_schema.schema")
+        check_free_form(format.json_schema.schema, "response_format.json_schema.schema")
     if asked is not None and isinstance(asked.json, dict):
-        _check_free_form(asked.json, "structured_outputs.json")
+        check_free_form(asked.json, "structured_outputs.json")
 
 
 def _refuse_message_field(values: tuple[Any, ...], where: str) -> NoReturn:
@@ -171,7 +179,7 @@ def _refuse_message_field(values: tuple[Any, ...], where: str) -> NoReturn:
     raise StatorError(ErrorCode.UNSUPPORTED, f"{where}.{name} is not supported; leave it out.", param=f"{where}.{name}")
 
 
-def _check_free_form(value: Any, param: str) -> None:
+def check_free_form(value: Any, param: str) -> None:
     """Refuse what JSON can say and the wire behind cannot: numbers beyond 64 bits, endless nesting."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):

@@ -12,6 +12,7 @@ import msgspec
 
 from stator.core.output_delta import CallCollector
 from stator.frontend.decode import CHAT
+from stator.frontend.encoding import OpenAIEvents
 from stator.messages.openai import ChatAnswer, ChatCompletionRequest, CompletionRequest, Usage
 from stator.messages.processor import Alternative, CompletionDelta, PromptDetails, ScoredToken
 from stator.messages.tools import ToolCallDelta
@@ -49,7 +50,7 @@ class _Head:
         }
 
 
-class DetailedEncoder:
+class DetailedEncoder(OpenAIEvents):
     """Server-sent events of one stream; used as `ChunkEncoder` is. A choice's chunks are in order, and those of several
     choices mixed. continuous_usage: every chunk has the usage so far."""
 

@@ -17,7 +17,6 @@ from stator.runtime.context import CallContext
 from stator.transport.base import Target, TransportClient
 from stator.transport.calls import stream
 
-EMBEDDINGS = "embeddings"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -91,4 +90,4 @@ def _body(tail: EmbeddingList, written: dict[int, bytes]) -> bytes:
     return begin + b",".join(written[index] for index in range(len(written))) + rest[len(begin) :]
 
 
-EMBEDDINGS_ENDPOINT = EmbeddingsEndpoint(decode_embeddings, Embedding, _encode)
+EMBEDDINGS_ENDPOINT = EmbeddingsEndpoint("embeddings", decode_embeddings, Embedding, _encode)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from stator.errors import StatorError
 from stator.frontend.decode import CHAT
+from stator.frontend.http import error_event
 from stator.messages.openai import ChatAnswer, ChatChoice, ChatCompletion, TextChoice, TextCompletion, Usage
 from stator.messages.processor import CompletionDelta
 
@@ -16,7 +18,19 @@ DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
-class ChunkEncoder:
+class OpenAIEvents:
+    """How OpenAI's streams end."""
+
+    __slots__ = ()
+
+    def closing(self) -> bytes:
+        return DONE
+
+    def failure(self, error: StatorError) -> bytes:
+        return error_event(error)
+
+
+class ChunkEncoder(OpenAIEvents):
     """Server-sent events of one stream. With include_usage every chunk but the last carries `"usage": null`."""
 
     __slots__ = ("_after_choices", "_before_choices", "_chat", "_include_usage", "_text_end", "_text_start")

@@ -1,30 +1,22 @@
-"""Chat and text completions: from the parsed head of a request to its last byte, its metrics and its log line."""
+"""Requests that generate: from the parsed head of a request to its last byte, its metrics and its log line."""
 
 import asyncio
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from stator.errors import Ending, ErrorCode, StatorError
-from stator.frontend.decode import CHAT, decode_request, undeclared_fields
-from stator.frontend.detailed import DetailedAnswer, DetailedEncoder
-from stator.frontend.encoding import DONE, ChunkEncoder, encode_whole
+from stator.frontend.decode import CHAT, undeclared_fields
+from stator.frontend.dialect import Asked, Dialect, StreamEncoder
 from stator.frontend.http import ClientGone, Headers, HttpExchange, Pipe, Receive, internal_error
 from stator.frontend.settings import FrontendSettings
 from stator.frontend.stream import DeltaStream, Write
 from stator.frontend.unary import Unary, not_served
 from stator.ids import RequestId
-from stator.messages.openai import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    ModelCard,
-    Usage,
-    is_plain,
-    shows_prompt_only,
-)
+from stator.messages.openai import ModelCard, Usage
 from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, CompletionDelta
 from stator.observability.metrics import OTHER, Metrics, Tally
 from stator.runtime.context import CallContext
@@ -42,7 +34,6 @@ CLIENT_CLOSED_STATUS = 499
 
 _PROCESSOR_LEFT = frozenset({ErrorCode.DRAINING, ErrorCode.INSTANCE_LOST, ErrorCode.STALE_INSTANCE})
 
-Request = ChatCompletionRequest | CompletionRequest
 Targets = Callable[[str], Sequence[Target]]
 """The Processors that serve an endpoint ("chat" or "completions") now; the Frontend takes them in turn."""
 
@@ -55,6 +46,7 @@ class _Record:
     started: float
     model: str = OTHER
     streamed: bool = False
+    generates: bool = True
     num_tokens: int = 0
     first_token_at: float | None = None
     usage: Usage | None = None
@@ -62,24 +54,24 @@ class _Record:
     status: int = CLIENT_CLOSED_STATUS
     error: ErrorCode | None = None
 
-    def failed(self, error: StatorError) -> None:
+    def failed(self, error: StatorError, status: int) -> None:
         self.error = error.code
         self.ending = error.info.ending
-        self.status = error.info.status
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
     """A request on its way to a Processor. latencies: where the times between its tokens are counted."""
 
-    request: Request
+    asked: Asked
     context: CallContext
     latencies: Tally
     loop: asyncio.AbstractEventLoop
 
 
 class Generation:
-    """Serves both endpoints; owns the open requests.
+    """Serves every endpoint whose answers are made of a Processor's deltas; owns the open requests.
 
     After `drain` new requests are refused while open ones go on; `idle` waits for their end, `abort` ends them.
     wall: Unix seconds, for the `created` of answers. of_model: whom to ask for a model; default: whoever targets finds.
@@ -129,30 +121,33 @@ class Generation:
         for stream in list(self._streams):
             stream.fail(StatorError(ErrorCode.DRAINING, "The server stopped before this answer was complete."))
 
-    async def handle(self, http: HttpExchange, endpoint: str, unary: Unary | None = None) -> None:
-        """unary: for an endpoint that answers with one item."""
+    async def handle(self, http: HttpExchange, dialect: Dialect | Unary) -> None:
+        """Unary: an endpoint that answers with one item."""
         loop = self._loop
         if loop is None:
             # Asking for the running loop is a system call on CPython 3.11.
             loop = self._loop = asyncio.get_running_loop()
-        record = _Record(endpoint, loop.time())
-        self._enter(endpoint)
+        label = dialect.label
+        http.errors = dialect.errors
+        record = _Record(label, loop.time())
+        self._enter(label)
         try:
-            if unary is None:
-                await self._serve(http, endpoint, record, loop)
+            if isinstance(dialect, Unary):
+                await self._serve_unary(http, dialect, record)
             else:
-                await self._serve_unary(http, endpoint, record, unary)
+                await self._serve(http, dialect, record, loop)
         except ClientGone:
-            self._metrics.counter("client_disconnects_total", endpoint).inc()
+            self._metrics.counter("client_disconnects_total", label).inc()
         except StatorError as error:
-            record.failed(error)
+            record.failed(error, http.errors.status(error))
             await http.fail(error)
         except Exception:
             logger.exception("request %s failed in the frontend", http.call_id)
-            record.failed(error := internal_error())
+            error = internal_error()
+            record.failed(error, http.errors.status(error))
             await http.fail(error)
         finally:
-            self._num_open[endpoint] -= 1
+            self._num_open[label] -= 1
             if not self.num_open:
                 self._none_open.set()
             self._account(http, record, loop.time())
@@ -177,38 +172,43 @@ class Generation:
                 retry_after_s=1.0,
             )
 
-    async def _serve(self, http: HttpExchange, endpoint: str, record: _Record, loop: asyncio.AbstractEventLoop) -> None:
+    async def _serve(
+        self, http: HttpExchange, dialect: Dialect, record: _Record, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._admit()
         body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
-        request = decode_request(endpoint, body)
-        if logger.isEnabledFor(logging.DEBUG) and (ignored := undeclared_fields(request, body)):
+        asked = dialect.decode(body)
+        if isinstance(asked, Awaitable):
+            asked = await asked
+        request, endpoint = asked.request, dialect.endpoint
+        if logger.isEnabledFor(logging.DEBUG) and (ignored := undeclared_fields(asked.body, body)):
             logger.debug("request %s: fields that are not known are ignored: %r", http.call_id, ignored)
         record.model = self._label(request.model)
-        record.streamed = bool(request.stream)
+        record.streamed = asked.streams
+        record.generates = dialect.generates
         context = self._context(http, record.started)
-        latencies = self._metrics.histogram("inter_token_latency_seconds", record.model, endpoint)
+        latencies = self._metrics.histogram("inter_token_latency_seconds", record.model, dialect.label)
         targets = self._serving(request.model)
-        target = self._target(targets, endpoint)
-        call = _Call(request, context, latencies, loop)
+        target = self._target(targets, endpoint, http.path)
+        call = _Call(asked, context, latencies, loop)
         try:
             await self._answer(http, call, target, record)
         except StatorError as error:
             other = self._target_after(error, targets, endpoint, target) if record.first_token_at is None else None
             if other is None:
-                raise self._of_all_models(error, request.model) from None
+                raise self._of_all_models(asked.named(error), request.model) from None
             logger.warning("request %s goes to another Processor: %s", http.call_id, error.message)
             await self._answer(http, call, other, record)
 
-    async def _serve_unary(self, http: HttpExchange, endpoint: str, record: _Record, unary: Unary) -> None:
+    async def _serve_unary(self, http: HttpExchange, unary: Unary, record: _Record) -> None:
         self._admit()
+        endpoint = unary.label
         body = await http.read_body(self._settings.max_body_bytes, self._settings.receive_timeout_s)
         request = unary.request(body, self._models, http.call_id)
         record.model = self._label(request.model or OTHER)
         context = self._context(http, record.started)
         targets = self._serving(request.model)
-        if not targets(endpoint) and targets(CHAT):
-            raise not_served(http.path)
-        target = self._target(targets, endpoint)
+        target = self._target(targets, endpoint, http.path)
         try:
             answered = await unary.answer(http, self._client, target, request, context)
         except StatorError as error:
@@ -226,7 +226,8 @@ class Generation:
         stream = DeltaStream(
             settings.max_buffered_deltas, call.latencies, call.loop, max_paused_s=settings.slow_reader_timeout_s
         )
-        stream.attach(self._client.open(target, call.request, stream, context=call.context, item_type=CompletionDelta))
+        request = call.asked.request
+        stream.attach(self._client.open(target, request, stream, context=call.context, item_type=CompletionDelta))
         self._streams[stream] = None
         watcher: asyncio.Task[None] | None = None
         if http.pipe is not None:
@@ -234,10 +235,10 @@ class Generation:
         else:
             watcher = call.loop.create_task(_watch_disconnect(http.receive, stream))
         try:
-            if call.request.stream:
-                await self._answer_stream(http, call.request, stream, record)
+            if call.asked.streams:
+                await self._answer_stream(http, call.asked, stream, record)
             else:
-                await self._answer_whole(http, call.request, stream, record)
+                await self._answer_whole(http, call.asked, stream, record)
         finally:
             stream.close()
             self._streams.pop(stream, None)
@@ -267,9 +268,11 @@ class Generation:
         """None: a request that names no model goes to our own namespace."""
         return self._targets if self._of_model is None or model is None else self._of_model(model)
 
-    def _target(self, serving: Targets, endpoint: str) -> Target:
+    def _target(self, serving: Targets, endpoint: str, path: str) -> Target:
         targets = serving(endpoint)
         if not targets:
+            if endpoint != CHAT and serving(CHAT):
+                raise not_served(path)
             raise StatorError(ErrorCode.NO_INSTANCE, "No Processor is ready to take the request.", retry_after_s=1.0)
         self._turn += 1
         return targets[self._turn % len(targets)]
@@ -304,23 +307,15 @@ class Generation:
             )
         return min(seconds, self._settings.max_deadline_s)
 
-    async def _answer_stream(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
-        options = request.stream_options
-        created = int(self._wall())
-        encoder: ChunkEncoder | DetailedEncoder
+    async def _answer_stream(self, http: HttpExchange, asked: Asked, stream: DeltaStream, record: _Record) -> None:
         deltas = await stream.batch()
         if not deltas:
             raise _unfinished()
-        plain = is_plain(request) and not deltas[0].parsed
-        if plain:
-            usage = options is not None and options.include_usage
-            encoder = ChunkEncoder(record.endpoint, http.call_id, request.model, created, include_usage=usage)
-        else:
-            encoder = DetailedEncoder(record.endpoint, http.call_id, request, created)
+        encoder = asked.stream_encoder(http.call_id, int(self._wall()), deltas[0])
         last = deltas[-1]
-        if last.ending is not None and plain:
-            _usage(last)
-        await http.start_events(encoder.opening() + encoder.encode(deltas), _explanation(deltas[0]))
+        if last.ending is not None and asked.num_choices == 1:
+            _usage(last, may_be_empty=asked.may_be_empty)
+        await http.start_events(encoder.opening() + encoder.encode(deltas), _explanation(deltas[0]), encoder.failure)
         events = b""
         write = None if http.pipe is None else _writer(encoder, http.pipe)
         while not stream.complete:
@@ -331,44 +326,21 @@ class Generation:
             if deltas:
                 last = deltas[-1]
                 events = encoder.encode(deltas)
-        _finish(record, last, may_be_empty=shows_prompt_only(request))
-        await http.finish_events(events + DONE)
+        _finish(record, last, may_be_empty=asked.may_be_empty)
+        await http.finish_events(events + encoder.closing())
 
-    async def _answer_whole(self, http: HttpExchange, request: Request, stream: DeltaStream, record: _Record) -> None:
+    async def _answer_whole(self, http: HttpExchange, asked: Asked, stream: DeltaStream, record: _Record) -> None:
         deltas = await stream.batch()
-        if not is_plain(request) or (deltas and deltas[0].parsed):
-            await self._answer_whole_detailed(http, request, stream, deltas, record)
-            return
-        texts: list[str] = []
-        last = CompletionDelta()
-        explanation: Headers = _explanation(deltas[0]) if deltas else ()
-        while deltas:
-            texts += [delta.text for delta in deltas]
-            last = deltas[-1]
-            deltas = await stream.batch()
-        usage = _finish(record, last)
-        body = encode_whole(
-            record.endpoint, http.call_id, request.model, int(self._wall()), texts, record.ending.value, usage
-        )
-        await http.respond(200, body, headers=explanation)
-
-    async def _answer_whole_detailed(
-        self,
-        http: HttpExchange,
-        request: Request,
-        stream: DeltaStream,
-        deltas: Sequence[CompletionDelta],
-        record: _Record,
-    ) -> None:
-        """deltas: the first ones."""
-        answer = DetailedAnswer(record.endpoint, http.call_id, request, int(self._wall()))
-        last = CompletionDelta()
-        explanation: Headers = _explanation(deltas[0]) if deltas else ()
+        if not deltas:
+            raise _unfinished()
+        answer = asked.whole_encoder(http.call_id, int(self._wall()), deltas[0])
+        last = deltas[-1]
+        explanation = _explanation(deltas[0])
         while deltas:
             answer.add(deltas)
             last = deltas[-1]
             deltas = await stream.batch()
-        usage = _finish(record, last, may_be_empty=shows_prompt_only(request))
+        usage = _finish(record, last, may_be_empty=asked.may_be_empty)
         await http.respond(200, answer.encode(usage), headers=explanation)
 
     def _account(self, http: HttpExchange, record: _Record, now: float) -> None:
@@ -380,7 +352,7 @@ class Generation:
         if record.first_token_at is not None:
             metrics.histogram("time_to_first_token_seconds", *labels).observe(record.first_token_at - record.started)
         usage = record.usage
-        if usage is not None:
+        if usage is not None and record.generates:
             metrics.histogram("request_input_tokens", *labels).observe(usage.prompt_tokens)
             metrics.histogram("request_output_tokens", *labels).observe(usage.completion_tokens)
             metrics.histogram("request_cached_tokens", *labels).observe(usage.prompt_tokens_details.cached_tokens)
@@ -413,10 +385,11 @@ def _explanation(first: CompletionDelta) -> Headers:
         (b"x-stator-instance", str(first.instance_id).encode("ascii", "replace")),
         (b"x-stator-overlap-blocks", b"%d" % (first.overlap_blocks or 0)),
         (b"x-stator-cost-ms", b"%.3f" % first.cost_ms),
+        (b"x-stator-phases", ", ".join(f"{name}={ms:.3f}" for name, ms in (first.phases_ms or {}).items()).encode()),
     )
 
 
-def _writer(encoder: ChunkEncoder | DetailedEncoder, pipe: Pipe) -> Write:
+def _writer(encoder: StreamEncoder, pipe: Pipe) -> Write:
     """From the sink to the socket without a task in between."""
 
     def write(deltas: Sequence[CompletionDelta]) -> bool:

@@ -5,6 +5,7 @@ import math
 import random
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -30,6 +31,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _CLOSES = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.REQUEST_TIMEOUT})
 
 encode_json = msgspec.json.Encoder().encode
+
+Failure = Callable[[StatorError], bytes]
+"""The events with which a stream that has begun tells its failure."""
 
 
 PIPE = "stator.pipe"
@@ -70,9 +74,26 @@ def fresh_id(rng: random.Random) -> str:
     return f"{rng.getrandbits(96):024x}"
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorForm:
+    """How an API tells a failure: its HTTP status, and its body, given the request's id. id_header: one more that has
+    the request's id, in all answers."""
+
+    status: Callable[[StatorError], int]
+    body: Callable[[StatorError, str], bytes]
+    id_header: bytes | None = None
+
+
 def error_json(error: StatorError) -> bytes:
     body = ErrorBody(message=error.message, type=error.info.openai_type, param=error.param, code=error.code.value)
     return encode_json(ErrorResponse(body))
+
+
+def error_event(error: StatorError) -> bytes:
+    return b"data: " + error_json(error) + b"\n\n"
+
+
+OPENAI_ERRORS = ErrorForm(lambda error: error.info.status, lambda error, request_id: error_json(error))
 
 
 def retry_after_s(error: StatorError) -> int | None:
@@ -91,17 +112,20 @@ class HttpExchange:
     """request_id: what the client sent as x-request-id, or ours; every answer carries it.
 
     call_id: unique in the deployment, because a client may send one x-request-id many times; it begins with it.
+    errors: how failures are told before an answer has begun; may be set.
     """
 
     __slots__ = (
+        "_failure",
         "_send",
         "_started",
-        "_streaming",
         "call_id",
+        "errors",
         "headers",
         "method",
         "path",
         "pipe",
+        "query",
         "receive",
         "request_id",
     )
@@ -109,12 +133,14 @@ class HttpExchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, rng: random.Random) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: bytes = scope.get("query_string", b"")
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.receive = receive
         self.pipe: Pipe | None = scope.get("extensions", {}).get(PIPE)
         self._send = send
         self._started = False
-        self._streaming = False
+        self._failure: Failure | None = None
+        self.errors = OPENAI_ERRORS
         given = self.headers.get(b"x-request-id")
         if given is not None and _REQUEST_ID.fullmatch(given):
             self.request_id = given.decode("ascii")
@@ -132,9 +158,9 @@ class HttpExchange:
         await self._start(status, content_type, length, *headers)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def start_events(self, events: bytes, headers: Headers = ()) -> None:
+    async def start_events(self, events: bytes, headers: Headers = (), failure: Failure = error_event) -> None:
         """Begin a stream of server-sent events with the first of them. Proxies are told not to collect it."""
-        self._streaming = True
+        self._failure = failure
         extra = (*_EVENT_HEADERS, *headers)
         if self.pipe is not None and self.pipe.begin_events((*self._identity(EVENT_STREAM), *extra), events):
             self._started = True
@@ -151,9 +177,8 @@ class HttpExchange:
 
     async def fail(self, error: StatorError, headers: Headers = ()) -> None:
         """Answer with the error; in a stream that has begun, as its last event."""
-        body = error_json(error)
-        if self._streaming and self._started:
-            await self.finish_events(b"data: " + body + b"\n\n")
+        if self._failure is not None and self._started:
+            await self.finish_events(self._failure(error))
             return
         extra = list(headers)
         seconds = retry_after_s(error)
@@ -164,7 +189,7 @@ class HttpExchange:
             extra.append((b"x-should-retry", b"false"))
         if error.code in _CLOSES:
             extra.append((b"connection", b"close"))
-        await self.respond(error.info.status, body, headers=extra)
+        await self.respond(self.errors.status(error), self.errors.body(error, self.request_id), headers=extra)
 
     async def _start(self, status: int, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
         self._started = True
@@ -176,8 +201,11 @@ class HttpExchange:
             }
         )
 
-    def _identity(self, content_type: bytes) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes]]:
-        return (b"content-type", content_type), (b"x-request-id", self.request_id.encode("ascii"))
+    def _identity(self, content_type: bytes) -> tuple[tuple[bytes, bytes], ...]:
+        request_id = self.request_id.encode("ascii")
+        told = (b"content-type", content_type), (b"x-request-id", request_id)
+        id_header = self.errors.id_header
+        return told if id_header is None else (*told, (id_header, request_id))
 
     async def read_body(self, max_bytes: int, timeout_s: float) -> bytes:
         """Raises StatorError(BODY_TOO_LARGE or REQUEST_TIMEOUT), or ClientGone."""

@@ -6,7 +6,7 @@ the paths against the routes and the answers against their schemas.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,11 +14,15 @@ import msgspec
 
 import stator
 from stator.errors import ERRORS, ErrorCode
+from stator.frontend import anthropic as anthropic_api
 from stator.frontend import openapi_answers as answers
+from stator.frontend import openapi_anthropic
 from stator.frontend.embeddings import EmbeddingList
-from stator.messages import embeddings, openai, openai_limits, tokenize
+from stator.messages import anthropic, embeddings, openai, openai_limits, responses, tokenize
+from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
 from stator.messages.openai_limits import RANGES
+from stator.messages.responses_fields import RESPONSES_FIELDS
 from stator.observability.metrics import CONTENT_TYPE
 
 Json = dict[str, Any]
@@ -64,7 +68,8 @@ _OF_DECISIONS = (
 class _Operation:
     """answer: a struct for JSON, or a media type. request: of a POST, with its table of fields. chunk: of a stream.
 
-    parameter: the last part of the path. answered: statuses with the answer's schema.
+    parameter: the last part of the path. answered: statuses with the answer's schema. events: of a stream of
+    named ones. anthropic: errors are in that form. deleted: the answer of a DELETE. query: parameters of a GET.
     """
 
     path: str
@@ -76,6 +81,17 @@ class _Operation:
     chunk: type[msgspec.Struct] | None = None
     parameter: str | None = None
     answered: tuple[int, ...] = (200,)
+    deleted: type[msgspec.Struct] | None = None
+    query: tuple[tuple[str, str, Json], ...] = ()
+    events: tuple[type[msgspec.Struct], ...] = ()
+    anthropic: bool = False
+
+    @property
+    def error(self) -> type[msgspec.Struct]:
+        return openapi_anthropic.AnthropicError if self.anthropic else openai.ErrorResponse
+
+    def status(self, code: ErrorCode) -> int:
+        return anthropic_api.type_and_status(code)[1] if self.anthropic else ERRORS[code].status
 
 
 _OPERATIONS = (
@@ -104,6 +120,56 @@ _OPERATIONS = (
         EmbeddingList,
         (*_OF_GENERATION, ErrorCode.NOT_FOUND),
         embeddings.EmbeddingsRequest,
+    ),
+    _Operation(
+        anthropic_api.MESSAGES_PATH,
+        "createMessage",
+        "Answer a conversation, in Anthropic's shape",
+        openapi_anthropic.AnthropicMessage,
+        _OF_GENERATION,
+        anthropic.MessagesRequest,
+        events=openapi_anthropic.EVENTS,
+        anthropic=True,
+    ),
+    _Operation(
+        anthropic_api.COUNT_TOKENS_PATH,
+        "countTokens",
+        "The length of a conversation's prompt",
+        openapi_anthropic.TokensCounted,
+        _OF_TOKENIZATION,
+        anthropic.CountTokensRequest,
+        anthropic=True,
+    ),
+    _Operation(
+        "/v1/responses",
+        "createResponse",
+        "Answer a conversation that may be kept",
+        answers.ResponseObject,
+        (*_OF_GENERATION, ErrorCode.NOT_FOUND),
+        responses.ResponsesRequest,
+        answers.ResponseEvent,
+    ),
+    _Operation(
+        "/v1/responses/{id}",
+        "showResponse",
+        "A response that is kept",
+        answers.ResponseObject,
+        (*_OF_ANY, ErrorCode.NOT_FOUND),
+        parameter="id",
+        deleted=answers.DeletedResponse,
+    ),
+    _Operation(
+        "/v1/responses/{id}/input_items",
+        "listInputItems",
+        "What went into a response that is kept",
+        answers.InputItems,
+        (*_OF_ANY, ErrorCode.NOT_FOUND),
+        parameter="id",
+        query=(
+            ("limit", "Items of a page.", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}),
+            ("order", "The newest first, or the oldest.", {"enum": ["desc", "asc"], "default": "desc"}),
+            ("after", "The id of the last item of the page before.", {"type": "string"}),
+        ),
     ),
     _Operation(
         "/tokenize",
@@ -149,6 +215,9 @@ _FIELDS: dict[type[msgspec.Struct], Sequence[Field]] = {
     openai.ChatCompletionRequest: CHAT_FIELDS,
     openai.CompletionRequest: COMPLETION_FIELDS,
     embeddings.EmbeddingsRequest: embeddings.EMBEDDING_FIELDS,
+    anthropic.MessagesRequest: MESSAGES_FIELDS,
+    anthropic.CountTokensRequest: COUNT_FIELDS,
+    responses.ResponsesRequest: RESPONSES_FIELDS,
     tokenize.TokenizeRequest: tokenize.TOKENIZE_FIELDS,
     tokenize.DetokenizeRequest: tokenize.DETOKENIZE_FIELDS,
 }
@@ -175,6 +244,10 @@ def document() -> Json:
             paths[operation.path] = {"post": _operation(operation)}
         else:
             paths[operation.path] = {"get": _operation(operation), "head": _operation(operation, head=True)}
+        if operation.deleted is not None:
+            name, summary = operation.name.replace("show", "delete"), operation.summary + ", forgotten"
+            deletion = replace(operation, name=name, summary=summary, answer=operation.deleted)
+            paths[operation.path]["delete"] = _operation(deletion)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -199,6 +272,9 @@ def _operation(operation: _Operation, *, head: bool = False) -> Json:
         made["parameters"].append(
             {"name": operation.parameter, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         )
+    made["parameters"] += [
+        {"name": name, "in": "query", "description": text, "schema": schema} for name, text, schema in operation.query
+    ]
     if operation.request is not None:
         made["parameters"] += [_header(name, text, schema) for name, text, schema in _HEADERS]
         made["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(operation.request)}}}
@@ -213,7 +289,7 @@ def _responses(operation: _Operation, *, head: bool) -> Json:
     responses: Json = {}
     by_status: dict[int, list[ErrorCode]] = {}
     for code in operation.errors:
-        by_status.setdefault(ERRORS[code].status, []).append(code)
+        by_status.setdefault(operation.status(code), []).append(code)
     by_status[_HEAD_TOO_LARGE] = [ErrorCode.INVALID_REQUEST]
     for status in operation.answered:
         responses[str(status)] = {"description": "The answer.", "headers": _answer_headers(status)}
@@ -221,16 +297,18 @@ def _responses(operation: _Operation, *, head: bool) -> Json:
             responses[str(status)]["content"] = _content(operation)
     for status, codes in sorted(by_status.items()):
         text = "An error; `code` is " + " or ".join(code.value for code in codes) + "."
+        if operation.anthropic:
+            text = "An error; `type` is " + " or ".join(dict.fromkeys(map(_anthropic_type, codes))) + "."
         described: Json = {"description": text, "headers": _answer_headers(status)}
         if not head:
-            described["content"] = {"application/json": {"schema": _ref(openai.ErrorResponse)}}
+            described["content"] = {"application/json": {"schema": _ref(_error_of(operation, status))}}
         responses.setdefault(str(status), described)
     return responses
 
 
 def _answer_headers(status: int) -> Json:
     headers: Json = {} if status == _HEAD_TOO_LARGE else {"x-request-id": {"schema": {"type": "string"}}}
-    if status in (429, 503):
+    if status in (429, 503, 529):
         headers["retry-after"] = {
             "description": "Seconds; where a retry is known to help.",
             "schema": {"type": "integer", "minimum": 1},
@@ -244,8 +322,37 @@ def _content(operation: _Operation) -> Json:
         return {operation.answer: {"schema": schema}}
     content: Json = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.chunk is not None:
-        content["text/event-stream"] = {"schema": _event(operation.chunk)}
+        is_typed = operation.chunk is answers.ResponseEvent
+        content["text/event-stream"] = {"schema": _typed_event() if is_typed else _event(operation.chunk)}
+    if operation.events:
+        content["text/event-stream"] = {"schema": _named_event((*operation.events, operation.error))}
     return content
+
+
+def _anthropic_type(code: ErrorCode) -> str:
+    return anthropic_api.type_and_status(code)[0]
+
+
+def _error_of(operation: _Operation, status: int) -> type[msgspec.Struct]:
+    """Bytes that are no HTTP have no path."""
+    return openai.ErrorResponse if status == _HEAD_TOO_LARGE else operation.error
+
+
+def _named_event(structs: Iterable[type[msgspec.Struct]]) -> Json:
+    return {
+        "type": "object",
+        "description": "With `stream`: each event, whose name is the `type` of its data. The last is message_stop, or "
+        "error where the answer broke off.",
+        "required": ["event", "data"],
+        "properties": {
+            "event": {"type": "string"},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"anyOf": [_ref(each) for each in structs]},
+            },
+        },
+    }
 
 
 def _event(chunk: type[msgspec.Struct]) -> Json:
@@ -263,6 +370,21 @@ def _event(chunk: type[msgspec.Struct]) -> Json:
     }
 
 
+def _typed_event() -> Json:
+    data: Json = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": _ref(answers.ResponseEvent),
+    }
+    return {
+        "type": "object",
+        "description": "With `stream`: each event. The last is response.completed, response.incomplete or "
+        "response.failed.",
+        "required": ["event", "data"],
+        "properties": {"event": {"type": "string"}, "data": data},
+    }
+
+
 def _ref(struct: type[msgspec.Struct]) -> Json:
     return {"$ref": _REF.format(name=struct.__name__)}
 
@@ -270,7 +392,15 @@ def _ref(struct: type[msgspec.Struct]) -> Json:
 def _schemas() -> Json:
     structs: list[Any] = [openai.ErrorResponse]
     for operation in _OPERATIONS:
-        structs += [each for each in (operation.answer, operation.request, operation.chunk) if _is_struct(each)]
+        told = (
+            operation.answer,
+            operation.request,
+            operation.chunk,
+            operation.error,
+            operation.deleted,
+            *operation.events,
+        )
+        structs += [each for each in told if _is_struct(each)]
     _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
     for schema in schemas.values():
         # Written for those who read the code.
@@ -279,6 +409,9 @@ def _schemas() -> Json:
         _describe_fields(schemas[struct.__name__]["properties"], fields)
     _refuse(schemas["ChatMessage"]["properties"], CHAT_FIELDS, "messages.")
     _refuse(schemas["StreamOptions"]["properties"], CHAT_FIELDS, "stream_options.")
+    _refuse(schemas["ToolDefinition"]["properties"], MESSAGES_FIELDS, "tools.")
+    _refuse(schemas["TextConfig"]["properties"], RESPONSES_FIELDS, "text.")
+    _refuse(schemas["ReasoningConfig"]["properties"], RESPONSES_FIELDS, "reasoning.")
     for schema, patch in _PATCHES:
         _patch(schemas[schema]["properties"], patch)
     schemas["ChatMessage"]["anyOf"] = _SAYS_SOMETHING
@@ -380,7 +513,9 @@ _OF_BOTH: dict[str, dict[str, Json]] = {
     },
     "cache_salt": {"string": {"minLength": 1}},
 }
+_STOP_SEQUENCES: dict[str, Json] = {"array": _OF_BOTH["stop"]["array"]}
 _PATCHES: tuple[tuple[str, dict[str, dict[str, Json]]], ...] = (
+    ("ResponsesRequest", _OF_BOTH),
     ("ChatCompletionRequest", {**_OF_BOTH, "messages": {"array": {"minItems": 1}}}),
     (
         "CompletionRequest",
@@ -420,6 +555,9 @@ _PATCHES: tuple[tuple[str, dict[str, dict[str, Json]]], ...] = (
             "cache_salt": {"string": {"minLength": 1}},
         },
     ),
+    ("MessagesRequest", {"messages": {"array": {"minItems": 1}}, "stop_sequences": _STOP_SEQUENCES}),
+    ("CountTokensRequest", {"messages": {"array": {"minItems": 1}}}),
+    ("Message", {"content": {"array": {"minItems": 1}}}),
     ("TokenizeRequest", {"messages": {"array": {"minItems": 1}}}),
     ("DetokenizeRequest", {"tokens": {"array": {"maxItems": tokenize.MAX_TOKENS}}}),
 )

@@ -1,7 +1,7 @@
 """The bodies of answers as `/openapi.json` describes them. What makes them is `encoding` and `detailed`, which know a
 quicker way than these structs; tests hold every answer against them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -169,3 +169,94 @@ class Version(msgspec.Struct):
 class Decisions(msgspec.Struct):
     request_id: str
     decisions: list[DecisionRecord]
+
+
+class InputTokensDetails(msgspec.Struct):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
+class ResponseUsage(msgspec.Struct):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(msgspec.Struct):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseFailure(msgspec.Struct):
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
+    message: str
+
+
+class OutputPart(msgspec.Struct):
+    type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
+    text: str
+    annotations: list[dict[str, Any]] | UnsetType = UNSET
+    logprobs: list[TokenLogprob] | UnsetType = UNSET
+
+
+class ConversationItem(msgspec.Struct):
+    """Of each type those fields that it has. A function_call_output is input alone."""
+
+    type: Literal["message", "reasoning", "function_call", "function_call_output"]
+    id: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["user", "assistant", "system", "developer"] | UnsetType = UNSET
+    content: list[OutputPart] | UnsetType = UNSET
+    summary: list[OutputPart] | UnsetType = UNSET
+    call_id: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+    output: str | UnsetType = UNSET
+
+
+class ResponseObject(msgspec.Struct):
+    """Beside these, what the request asked for."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: ResponseFailure | None
+    incomplete_details: IncompleteDetails | None
+    model: str
+    output: list[ConversationItem]
+    usage: ResponseUsage | None
+    previous_response_id: str | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    store: bool
+
+
+class ResponseEvent(msgspec.Struct):
+    """Beside these, what an event of its type has."""
+
+    type: str
+    sequence_number: int
+    response: ResponseObject | UnsetType = UNSET
+
+
+class InputItems(msgspec.Struct):
+    object: Literal["list"]
+    data: list[ConversationItem]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedResponse(msgspec.Struct):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]

@@ -10,6 +10,7 @@ class FrontendSettings:
     max_open_requests: chat and completion requests at once, from their head to their end; more are refused.
     max_buffered_deltas: per stream, while its client reads slowly; then the Processor is asked to pause.
     slow_reader_timeout_s: a stream that is paused, and of which its client takes nothing for so long, is ended.
+    max_stored_responses, max_stored_bytes, max_stored_age_s: of `/v1/responses`, kept so that they can be continued.
     """
 
     max_body_bytes: int = 8 * 1024 * 1024
@@ -19,6 +20,9 @@ class FrontendSettings:
     max_open_requests: int = 4096
     max_buffered_deltas: int = 256
     slow_reader_timeout_s: float = 30.0
+    max_stored_responses: int = 4096
+    max_stored_bytes: int = 64 * 1024 * 1024
+    max_stored_age_s: float = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import msgspec
 
 from stator.errors import ErrorCode, StatorError
 from stator.frontend.decode import decode_detokenize, decode_tokenize, undeclared_fields
-from stator.frontend.http import HttpExchange
+from stator.frontend.http import OPENAI_ERRORS, ErrorForm, HttpExchange
 from stator.messages.embeddings import EmbeddingsRequest
 from stator.messages.openai import ModelCard, Usage
 from stator.messages.tokenize import Detokenized, DetokenizeRequest, TokenizeAnswer, Tokenized, TokenizeRequest
@@ -35,11 +35,15 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Unary:
-    """decode: of a body; raises StatorError. item_type: of the Processor's item. encode: that item as a body."""
+    """label: the endpoint's name, at the Processor too. decode: of a body; raises StatorError. item_type: of the
+    Processor's item. encode: that item as a body. errors, generates: as of a Dialect."""
 
+    label: str
     decode: Callable[[bytes], Request]
     item_type: type[Any]
     encode: Callable[[Any], bytes]
+    errors: ErrorForm = OPENAI_ERRORS
+    generates: bool = False
 
     async def answer(
         self, http: HttpExchange, client: TransportClient, target: Target, request: Request, context: CallContext
@@ -72,5 +76,5 @@ def _encode_tokenized(item: Tokenized) -> bytes:
     )
 
 
-TOKENIZE = Unary(decode_tokenize, Tokenized, _encode_tokenized)
-DETOKENIZE = Unary(decode_detokenize, Detokenized, _encode)
+TOKENIZE = Unary("tokenize", decode_tokenize, Tokenized, _encode_tokenized)
+DETOKENIZE = Unary("detokenize", decode_detokenize, Detokenized, _encode)

@@ -51,7 +51,8 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     more as tokens come, and a last one with `ending` (stop or length) and `usage`. The text of a delta may be empty.
     num_tokens: output tokens this delta accounts for (text may lag while a character is incomplete).
     instance_id: the decode instance, on the first delta. overlap_blocks, cost_ms: of the route decision, there too, if
-    the call's headers ask for it (EXPLAIN_HEADER).
+    the call's headers ask for it (EXPLAIN_HEADER); with phases_ms, what the time until then went to: `route` (the
+    decision, with the wait for a worker with room) and `engine` (the worker's and its engine's, to the first token).
 
     Of a request for several choices, `choice` says which one a delta belongs to, and each has its `ending`; `usage`, of
     all together, comes with the last of them, or with every delta if asked (`continuous_usage_stats`).
@@ -59,6 +60,8 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     parsed: on the first delta of a choice: its answer has parts beside its text, or may have: reasoning and tool_calls,
     new since the last delta as text is.
+
+    stop_string: with the ending, if that was one of the request's stop strings: which.
     """
 
     text: str = ""
@@ -68,12 +71,14 @@ class CompletionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     instance_id: InstanceId | None = None
     overlap_blocks: int | None = None
     cost_ms: float | None = None
+    phases_ms: dict[str, float] | None = None
     choice: int = 0
     tokens: TokenDetails | None = None
     prompt: PromptDetails | None = None
     parsed: bool = False
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = []
+    stop_string: str | None = None
 
 
 EXPLAIN_HEADER = "x-stator-explain"

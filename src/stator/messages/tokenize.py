@@ -10,6 +10,7 @@ import msgspec
 from stator.messages.openai import ChatMessage, TokenId
 from stator.messages.openai_fields import Effect, Field, harmless_values
 from stator.messages.tokens import TokenBuffer
+from stator.messages.tools import Tool
 
 MAX_TOKENS = 2**20
 """Of one request to either; what is longer than that is longer than any model's context."""
@@ -28,7 +29,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=T
     return_token_strs: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
@@ -74,9 +75,9 @@ TOKENIZE_FIELDS: tuple[Field, ...] = (
     _field("return_token_strs", "the tokens also as the vocabulary spells them"),
     _field("add_generation_prompt", "with `messages`; true if absent"),
     _field("continue_final_message", "with `messages`, and without `add_generation_prompt`"),
-    _field("tools", "", [], effect=Effect.REFUSED),
+    _field("tools", "with `messages`, as in chat completions"),
     _field("chat_template", "the model's own is used", effect=Effect.REFUSED),
-    _field("chat_template_kwargs", "", {}, effect=Effect.REFUSED),
+    _field("chat_template_kwargs", "with `messages`, as in chat completions"),
     _field("mm_processor_kwargs", "", {}, effect=Effect.REFUSED),
 )
 

@@ -123,6 +123,7 @@ class Generation:
         self._router_wait: RouterWait | None = None
         self._routerless_since: float | None = None
         self._over = False
+        self._started_at = self._decided_at = loop_time()
 
     def start(self) -> None:
         self._call.on_cancel(self._cancelled)
@@ -183,6 +184,7 @@ class Generation:
     def on_decision(self, attempt: Attempt, decision: RouteDecision) -> None:
         attempt.instance_id = decision.instance_id
         attempt.decision = decision
+        self._decided_at = loop_time()
         if attempt.router is not None:
             self.bookings.answered(attempt.router)
         self._routerless_since = None
@@ -447,7 +449,13 @@ class Generation:
         decision = None if self._attempt is None else self._attempt.decision
         if decision is None or self._call.context.headers.get(EXPLAIN_HEADER) != "1":
             return delta
-        return msgspec.structs.replace(delta, overlap_blocks=decision.overlap_blocks, cost_ms=decision.cost_ms)
+        route_s, engine_s = self._decided_at - self._started_at, loop_time() - self._decided_at
+        return msgspec.structs.replace(
+            delta,
+            overlap_blocks=decision.overlap_blocks,
+            cost_ms=decision.cost_ms,
+            phases_ms={"route": round(route_s * 1e3, 3), "engine": round(engine_s * 1e3, 3)},
+        )
 
     def _push(self, delta: CompletionDelta) -> None:
         self._num_pushed = self._output.num_tokens
@@ -470,7 +478,14 @@ class Generation:
     ) -> None:
         num_output = self._output.num_tokens
         first = instance_id if not self._num_pushed else None
-        last = CompletionDelta(text, num_output - self._num_pushed, ending, self._usage(), first)
+        last = CompletionDelta(
+            text,
+            num_output - self._num_pushed,
+            ending,
+            self._usage(),
+            first,
+            stop_string=self._output.stop_string,
+        )
         if told is not None:
             last = msgspec.structs.replace(last, tokens=told.tokens, prompt=told.prompt)
         if self._details is not None and self._details.reader is not None:

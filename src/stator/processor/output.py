@@ -28,6 +28,11 @@ class OutputText:
         self.stopped = False
         """A stop string was found; push no more."""
 
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended the output."""
+        return None if self._matcher is None else self._matcher.matched
+
     def push(self, token_ids: Sequence[int]) -> str:
         if self._matcher is None:
             self.num_tokens += len(token_ids)

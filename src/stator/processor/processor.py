@@ -38,6 +38,7 @@ from stator.processor.feedback import RouteFeedback
 from stator.processor.generation import Generation, GenerationRequest, Shared
 from stator.processor.instances import DecodeInstances
 from stator.processor.output import OutputText
+from stator.processor.prompt_length import tell_length
 from stator.processor.tokenization import Tokenization
 from stator.processor.tokenizer import ModelTokenizer
 from stator.processor.validation import SamplingDefaults
@@ -47,6 +48,8 @@ from stator.transport.base import Call, Endpoint, TransportClient
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
+
+_Then = Callable[[Call, Sequence[TokenBuffer]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,6 @@ class Processor:
         if tokenizer.chat_template is not None:
             source, origin = tokenizer.chat_template
             self._chat_template = ChatTemplate(source, origin=origin, special_tokens=tokenizer.special_tokens)
-        self._tokenization = Tokenization(
-            models=self._models,
-            tokenizer=tokenizer,
-            chat_template=self._chat_template,
-            max_model_len=max_model_len,
-            thread_chars=self._settings.thread_chars,
-        )
         self._embeddings = Embeddings(
             models=self._models,
             tokenizer=tokenizer,
@@ -137,6 +133,14 @@ class Processor:
             tool_parser=self._settings.tool_parser,
             reasoning_parser=self._settings.reasoning_parser,
             model_type=self._settings.model_type,
+        )
+        self._tokenization = Tokenization(
+            models=self._models,
+            tokenizer=tokenizer,
+            chat_template=self._chat_template,
+            forms=self._forms,
+            max_model_len=max_model_len,
+            thread_chars=self._settings.thread_chars,
         )
         self._new_call_id = new_call_id(rng.getrandbits)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
@@ -155,6 +159,7 @@ class Processor:
         return [
             Endpoint("chat", ChatCompletionRequest, self.chat),
             Endpoint("completions", CompletionRequest, self.completions),
+            Endpoint("count_tokens", ChatCompletionRequest, self.count_tokens),
             *self._tokenization.endpoints(),
             *self._embeddings.endpoints(),
         ]
@@ -166,6 +171,10 @@ class Processor:
     def completions(self, call: Call) -> None:
         """Endpoint `completions`: CompletionRequest in, CompletionDelta out."""
         self._guard(call, lambda: self._completions(call))
+
+    def count_tokens(self, call: Call) -> None:
+        """Endpoint `count_tokens`: as `chat`, but all that comes is one delta, whose usage has the prompt's length."""
+        self._guard(call, lambda: self._chat(call, then=tell_length))
 
     def tokenize(self, call: Call) -> None:
         """Endpoint `tokenize`: TokenizeRequest in, one Tokenized out."""
@@ -210,7 +219,7 @@ class Processor:
             logger.exception("request %s failed in the processor", call.context.request_id)
             call.end(StatorError(ErrorCode.INTERNAL, "the processor failed; its log has the reason"))
 
-    def _chat(self, call: Call) -> None:
+    def _chat(self, call: Call, then: _Then | None = None) -> None:
         request: ChatCompletionRequest = call.request
         self._check(request)
         if self._chat_template is None:
@@ -227,7 +236,7 @@ class Processor:
                 request.messages, tools=form.tools.definitions, arguments=form.template_arguments
             )
         # The template wrote the special tokens; adding them again would double the first.
-        self._encode(call, request, form, [text], add_special_tokens=False)
+        self._encode(call, request, form, [text], add_special_tokens=False, then=then)
 
     def _completions(self, call: Call) -> None:
         request: CompletionRequest = call.request
@@ -253,7 +262,16 @@ class Processor:
         prompts: Sequence[str | list[int]],
         *,
         add_special_tokens: bool,
+        then: _Then | None = None,
     ) -> None:
+        """then: what is done with the encoded prompts, in place of answering them."""
+
+        def go_on(encoded: Sequence[TokenBuffer]) -> None:
+            if then is None:
+                self._generate(call, request, form, prompts, encoded)
+            else:
+                then(call, encoded)
+
         def encode() -> list[TokenBuffer]:
             return [
                 pack(prompt)
@@ -263,7 +281,7 @@ class Processor:
             ]
 
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) < self._settings.thread_chars:
-            self._generate(call, request, form, prompts, encode())
+            go_on(encode())
             return
 
         if self._num_encoding >= self._settings.max_encoding:
@@ -275,24 +293,12 @@ class Processor:
             if not call.cancelled:
                 result = _stopping() if self._closed or future.cancelled() else future.exception()
                 made = result or future.result()
-                self._guard(call, lambda: self._generate_or_raise(call, request, form, prompts, made))
+                self._guard(call, lambda: go_on(_or_raise(made)))
             self._set_idle()
 
         self._num_encoding += 1
         self._idle.clear()
         asyncio.get_running_loop().run_in_executor(self._threads, encode).add_done_callback(encoded)
-
-    def _generate_or_raise(
-        self,
-        call: Call,
-        request: validation.Request,
-        form: AnswerForm,
-        prompts: Sequence[str | list[int]],
-        encoded: list[TokenBuffer] | BaseException,
-    ) -> None:
-        if isinstance(encoded, BaseException):
-            raise encoded
-        self._generate(call, request, form, prompts, encoded)
 
     # From the prompts to the stream
 
@@ -417,6 +423,12 @@ class Processor:
     def _set_idle(self) -> None:
         if not self._open and not self._num_encoding:
             self._idle.set()
+
+
+def _or_raise(encoded: list[TokenBuffer] | BaseException) -> list[TokenBuffer]:
+    if isinstance(encoded, BaseException):
+        raise encoded
+    return encoded
 
 
 def _stopping() -> StatorError:

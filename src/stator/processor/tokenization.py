@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stator.errors import ErrorCode, StatorError
+from stator.messages.openai import ChatCompletionRequest
 from stator.messages.tokenize import (
     MAX_TOKENS,
     Detokenized,
@@ -20,6 +21,7 @@ from stator.messages.tokenize import (
     unsupported_field,
 )
 from stator.messages.tokens import num_tokens, unpack
+from stator.processor.answer_form import AnswerForms
 from stator.processor.chat_template import ChatTemplate
 from stator.processor.tokenizer import ModelTokenizer
 from stator.transport.base import Call, Endpoint
@@ -49,12 +51,14 @@ class Tokenization:
         models: tuple[str, ...],
         tokenizer: ModelTokenizer,
         chat_template: ChatTemplate | None,
+        forms: AnswerForms,
         max_model_len: int,
         thread_chars: int,
     ) -> None:
         self._models = models
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._forms = forms
         self._max_model_len = max_model_len
         self._thread_chars = thread_chars
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize-only")
@@ -161,6 +165,9 @@ class Tokenization:
         if request.messages is None:
             if request.prompt is None:
                 raise _invalid("prompt", "Missing required field: 'prompt', or 'messages'.")
+            for name in ("tools", "chat_template_kwargs"):
+                if getattr(request, name):
+                    raise _invalid(name, f"{name} needs messages: a prompt is taken as it is")
             return request.prompt, request.add_special_tokens is not False, "prompt"
         if request.prompt is not None:
             raise _invalid("prompt", "prompt and messages may not be given together; leave out one of the two")
@@ -176,8 +183,20 @@ class Tokenization:
                 f"The model {self._models[0]!r} has no chat template; send a prompt instead.",
                 param="messages",
             )
+        # As the prompt of a chat has them; whether the model's calls can be read does not matter here.
+        form = self._forms.of_chat(
+            ChatCompletionRequest(
+                model=self._models[0],
+                messages=request.messages,
+                tools=request.tools,
+                tool_choice="none",
+                chat_template_kwargs=request.chat_template_kwargs,
+            )
+        )
         text = self._chat_template.render(
             request.messages,
+            tools=form.tools.definitions,
+            arguments=form.template_arguments,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
         )

@@ -106,6 +106,7 @@ async def frontend(
     server.register(Endpoint("chat", ChatCompletionRequest, fixture.handle))
     server.register(Endpoint("completions", CompletionRequest, fixture.handle))
     server.register(Endpoint("embeddings", EmbeddingsRequest, fixture.handle))
+    server.register(Endpoint("count_tokens", ChatCompletionRequest, fixture.handle))
     server.register(Endpoint("tokenize", TokenizeRequest, fixture.handle))
     await server.start()
     try:
@@ -201,6 +202,7 @@ class AsgiClient:
         *parts: bytes,
         headers: dict[str, str] | None = None,
         whole: bool = True,
+        query: str = "",
     ) -> Answer:
         """whole False: the body's end never comes."""
         self._parts = [(part, not whole or index < len(parts) - 1) for index, part in enumerate(parts or (b"",))]
@@ -208,6 +210,7 @@ class AsgiClient:
             "type": "http",
             "method": method,
             "path": path,
+            "query_string": query.encode(),
             "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()],
         }
         await self._app(scope, self._receive, self._send)

@@ -105,6 +105,15 @@ def test_tool_results_and_calls_for_a_template_that_takes_them() -> None:
     assert template(source).render(messages) == ('user:a|{"name": "größe", "arguments": {"x": "<1>"}}|tool:42|')
 
 
+def test_arguments_that_nobody_can_read_stay_text() -> None:
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or () %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    for text in ("{", "[" * 100_000):
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": text}}
+        assert template(source).render([user("a"), ChatMessage("assistant", tool_calls=[call])]) == text
+
+
 @pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
 def test_content_is_required(role: Any) -> None:
     made = template("{% for m in messages %}{{ m.content }}{% endfor %}")

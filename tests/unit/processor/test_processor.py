@@ -99,6 +99,7 @@ def test_a_stop_string_ends_the_output_and_the_engine(size: int) -> None:
                 call.items([TokenDelta(ids[at : at + size])])
             await got.done()
             assert (got.error, got.text, got.deltas[-1].ending) == (None, "the heaven and the ", Ending.STOP)
+            assert [delta.stop_string for delta in got.deltas] == [None] * (len(got.deltas) - 1) + ["earth"]
             await case.workers["w1"].until(lambda: case.workers["w1"].num_cancelled == 1)
             await case.router.until_no_booking()
             usage = got.deltas[-1].usage
@@ -355,6 +356,26 @@ def test_token_ids_as_prompt_and_long_prompts_on_a_thread() -> None:
             too_long = await case.open("completions", completion("In the beginning " * 200)).done()
             assert too_long.error is not None and too_long.error.code is ErrorCode.INVALID_REQUEST
             await case.processor.drain()
+
+    asyncio.run(run())
+
+
+def test_a_prompt_is_counted_without_router_or_engine() -> None:
+    async def run() -> None:
+        async with harness(thread_chars=200) as case:
+            case.workers["w1"].script = answer_with([5])
+            asked = chat(temperature=0, max_tokens=5)
+            (counted,) = (await case.open("count_tokens", asked).done()).deltas
+            assert not case.router.requests and case.processor.num_open == 0
+            used = (await case.open("chat", asked).done()).deltas[-1].usage
+            assert counted.ending is Ending.STOP and counted.usage is not None and used is not None
+            assert (counted.usage.prompt_tokens, counted.usage.completion_tokens) == (used.prompt_tokens, 0)
+            # On the thread, and longer than the context.
+            (long,) = (await case.open("count_tokens", chat("In the beginning " * 500)).done()).deltas
+            assert long.usage is not None and long.usage.prompt_tokens > 1000
+            unknown = ChatCompletionRequest(model="other", messages=asked.messages)
+            refused = (await case.open("count_tokens", unknown).done()).error
+            assert refused is not None and refused.code is ErrorCode.MODEL_NOT_FOUND
 
     asyncio.run(run())
 

@@ -12,11 +12,13 @@ from stator.ids import RequestId
 from stator.messages.openai import ChatMessage, TextPart
 from stator.messages.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from stator.messages.tokens import unpack
+from stator.messages.tools import FunctionDefinition, Tool
 from stator.processor import tokenization
 from stator.runtime.context import CallContext
 from stator.transport import calls
 from stator.transport.base import Target
 
+from . import tokenizers_for_tests as fixtures
 from .harness import Harness, harness
 
 USER = ChatMessage("user", "Hello")
@@ -101,8 +103,8 @@ def test_messages_are_those_that_chat_would_send() -> None:
         ({"messages": [ChatMessage("user")]}, "messages[0].content", ErrorCode.INVALID_REQUEST),
         ({"messages": [USER], "continue_final_message": True}, "continue_final_message", ErrorCode.INVALID_REQUEST),
         ({"prompt": "a", "chat_template": "x"}, "chat_template", ErrorCode.UNSUPPORTED),
-        ({"prompt": "a", "tools": [{}]}, "tools", ErrorCode.UNSUPPORTED),
-        ({"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", ErrorCode.UNSUPPORTED),
+        ({"prompt": "a", "tools": [Tool("function")]}, "tools", ErrorCode.INVALID_REQUEST),
+        ({"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", ErrorCode.INVALID_REQUEST),
         ({"prompt": "a", "model": "other"}, "model", ErrorCode.MODEL_NOT_FOUND),
     ],
 )
@@ -112,6 +114,20 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], param: str, code: ErrorC
         assert (error.param, error.code) == (param, code)
 
     run(test)
+
+
+def test_tools_are_in_the_prompt_as_in_a_chats() -> None:
+    shown = "{{- bos_token }}{%- if tools %}{{- tools | tojson }}{%- endif %}"
+    template = fixtures.CHATML.replace("{{- bos_token }}", shown)
+
+    async def test(case: Harness) -> None:
+        tool = Tool("function", FunctionDefinition("look"))
+        text = await text_of(case, messages=[USER], tools=[tool])
+        assert '"name": "look"' in text
+        error = await refusal(case, TokenizeRequest(messages=[USER], tools=[Tool("retrieval")]))
+        assert error.param == "tools[0].type"
+
+    run(test, template=template)
 
 
 def test_what_asks_for_nothing_passes() -> None:

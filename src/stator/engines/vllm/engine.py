@@ -348,8 +348,9 @@ class VllmEngine:
             return stream.pooling
         if stream.transfer_id is not None:
             return prefill_arguments(handover.prefill_params(self._plan.name, stream.transfer_id))
-        assert self._llm is not None
-        arguments = sampling_arguments(stream.request, self._llm.special_tokens)
+        llm = self._llm
+        special_tokens = {} if llm is None or stream.request.sampling.grammar is None else llm.special_tokens
+        arguments = sampling_arguments(stream.request, special_tokens)
         if stream.transfer is not None:
             params = dict(stream.transfer.params)
             if await handover.peer_alive(params):
