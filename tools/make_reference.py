@@ -25,6 +25,7 @@ from stator.engines.local.args import LocalEngineArgs
 from stator.engines.sim.args import SimEngineArgs
 from stator.frontend.openapi import document
 from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
+from stator.messages.embeddings import EMBEDDING_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
 from stator.messages.responses_fields import RESPONSES_FIELDS
 from stator.messages.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
@@ -85,7 +86,8 @@ Made by `tools/make_reference.py` from the table by which requests are decoded; 
 A field that is refused is answered with status 400 and its name in `param`, unless it has a value with which it asks
 for nothing (null always is one). Fields that stand in none of these tables are other vendors' extensions: they are
 ignored, and a line at log level DEBUG names them. What an engine cannot do is refused by name as well: the sim engine
-has no probabilities, `logit_bias` or `allowed_token_ids`.
+has no probabilities, `logit_bias`, `allowed_token_ids` or embeddings; vLLM has embeddings of pooling models only
+(`runner: pooling`), and those generate nothing.
 
 `GET /openapi.json` has all of this, with types, ranges, answers and statuses, as an OpenAPI 3.1 document.
 
@@ -258,7 +260,11 @@ def help_text(*command: str) -> str:
 
 def api_page() -> str:
     parts = [API_HEAD, paths_table()]
-    for path, fields in (("/v1/chat/completions", CHAT_FIELDS), ("/v1/completions", COMPLETION_FIELDS)):
+    for path, fields in (
+        ("/v1/chat/completions", CHAT_FIELDS),
+        ("/v1/completions", COMPLETION_FIELDS),
+        ("/v1/embeddings", EMBEDDING_FIELDS),
+    ):
         parts.append(f"\n## {path}\n\n{field_table([each for each in fields if not each.extension])}")
         parts.append(f"\nvLLM's:\n\n{field_table([each for each in fields if each.extension])}")
     only_messages = [each for each in MESSAGES_FIELDS if each not in COUNT_FIELDS]

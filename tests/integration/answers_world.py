@@ -19,6 +19,7 @@ from stator.errors import ErrorCode, StatorError
 from stator.frontend.app import FrontendApp
 from stator.frontend.health import HealthReport, ModelHealth
 from stator.ids import InstanceId, RequestId
+from stator.messages.embeddings import EmbedRequest
 from stator.messages.engine import EngineRequest, TokenDelta
 from stator.messages.openai import ModelCard
 from stator.messages.processor import RouteRequest
@@ -56,6 +57,7 @@ class Worker:
         self.bench = bench
         self.dies_after: int | None = None
         self.requests: list[EngineRequest] = []
+        self.embedded: list[EmbedRequest] = []
         self.headers: list[Mapping[str, str]] = []
         self._numbers = itertools.count()
 
@@ -67,6 +69,16 @@ class Worker:
         call.on_cancel(lambda: self.bench.engine.abort(request_id))
         sink = _Passed(self, call, request_id)
         self.bench.engine.generate(msgspec.structs.replace(request, request_id=request_id), sink)
+
+    def embed(self, call: Call) -> None:
+        request: EmbedRequest = call.request
+        self.embedded.append(request)
+        request_id = RequestId(f"{request.request_id}/{next(self._numbers)}")
+        call.on_cancel(lambda: self.bench.engine.abort(request_id))
+        if self.dies_after == 0:
+            call.end(StatorError(ErrorCode.INSTANCE_LOST, "the instance was lost"))
+            return
+        self.bench.engine.embed(msgspec.structs.replace(request, request_id=request_id), call)
 
 
 class _Passed:
@@ -150,7 +162,11 @@ async def world(*engines: Engine) -> AsyncIterator[World]:
 
         await serve("router", Endpoint("route", RouteRequest, router.route))
         for name, worker in zip(names, workers, strict=True):
-            await serve(name, Endpoint("generate", EngineRequest, worker.generate))
+            await serve(
+                name,
+                Endpoint("generate", EngineRequest, worker.generate),
+                Endpoint("embed", EmbedRequest, worker.embed),
+            )
         tokenizer = ModelTokenizer.load(resolve_model(MODEL))
         processor = Processor(
             model_names=(MODEL,),

@@ -203,3 +203,15 @@ def test_nemotron_nas(tmp_path: Path, rope: dict[str, Any]) -> None:
     write_model(tmp_path, config, {})
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
     assert_equal_to(model, tmp_path)
+
+
+@torch.no_grad()
+def test_embeddings_are_the_mean_of_the_last_hidden_states(tmp_path: Path) -> None:
+    model = random_llama(llama_settings())
+    model.save_pretrained(tmp_path)
+    tokens = token_ids()
+    states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0]
+    expected = torch.nn.functional.normalize(states.mean(dim=0), dim=0).numpy()
+    *_, vector = NumpyRunner(tmp_path, block_size=16, num_blocks=1).embed(tokens)
+    assert vector is not None
+    np.testing.assert_allclose(np.frombuffer(vector, "<f4"), expected, atol=1e-6, rtol=0)

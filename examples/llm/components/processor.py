@@ -5,6 +5,7 @@ from components.worker import VllmWorker
 from stator import processor
 from stator.config.hub import Needs, resolve_async
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
+from stator.messages.embeddings import Embedding, EmbeddingsRequest
 from stator.messages.openai import ChatCompletionRequest, CompletionRequest
 from stator.messages.processor import CompletionDelta
 from stator.messages.reports import ReportRequest, WorkerReport
@@ -71,6 +72,10 @@ class Processor:
     @endpoint(request=DetokenizeRequest, item=Detokenized)
     def detokenize(self, call: Call) -> None:
         self.processor.detokenize(call)
+
+    @endpoint(request=EmbeddingsRequest, item=Embedding)
+    def embeddings(self, call: Call) -> None:
+        self.processor.embeddings(call)
 
     @endpoint(request=DecisionsRequest, item=DecisionRecord)
     def decisions(self, call: Call) -> None:

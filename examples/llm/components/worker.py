@@ -3,6 +3,7 @@
 from components.prefill_worker import PrefillWorker
 from stator import worker
 from stator.graph import ServiceContext, depends, endpoint, on_drain, on_start, on_stop, service
+from stator.messages.embeddings import Embedding, EmbedRequest
 from stator.messages.engine import EngineRequest, PrefillDone, PrefillDoneReply, PrefillTaken, TokenDelta
 from stator.messages.kv_events import KvItem, KvSubscribe
 from stator.messages.lora import LoadLora, LoraLoaded, LoraUnloaded, UnloadLora
@@ -57,6 +58,11 @@ class VllmWorker:
     def generate(self, call: Call) -> None:
         """Tokens of one request, as the engine makes them."""
         self.requests.generate(call)
+
+    @endpoint(request=EmbedRequest, item=Embedding)
+    def embed(self, call: Call) -> None:
+        """The vector of one input, if the engine makes embeddings."""
+        self.requests.embed(call)
 
     @endpoint(request=PrefillDone, item=PrefillDoneReply)
     def prefill_done(self, call: Call) -> None:

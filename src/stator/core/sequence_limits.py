@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from stator.errors import ErrorCode, StatorError
+from stator.messages.embeddings import EmbedRequest
 from stator.messages.engine import EngineRequest, FinishReason, SamplingParams
 from stator.messages.tokens import BYTES_PER_TOKEN, TokenBuffer, num_tokens, unpack
 
@@ -62,6 +63,15 @@ def validate(request: EngineRequest, vocab_size: int, max_model_len: int, num_bl
         )
 
 
+def validate_embedding(request: EmbedRequest, vocab_size: int, max_model_len: int) -> None:
+    """Raises as `validate`."""
+    num_prompt = _check_ids(request.prompt_ids, vocab_size, "prompt_ids")
+    if not num_prompt:
+        raise _invalid("the input is empty; at least one token is needed", "input")
+    if num_prompt > max_model_len:
+        raise _invalid(f"the input has {num_prompt} tokens; the model's context is {max_model_len} tokens", "input")
+
+
 def _check_ids(buffer: TokenBuffer, vocab_size: int, field: str) -> int:
     if len(buffer) % BYTES_PER_TOKEN:
         raise _invalid(f"{field} has {len(buffer)} bytes, which is no whole number of token ids", field)
@@ -101,6 +111,25 @@ def lacks(engine: str, field: str) -> StatorError:
     return StatorError(
         ErrorCode.UNSUPPORTED, f"the engine of this model ({engine}) cannot do {field}; leave it out", param=field
     )
+
+
+def cannot_embed(engine: str) -> StatorError:
+    return StatorError(
+        ErrorCode.UNSUPPORTED, f"the engine of this model ({engine}) cannot make embeddings of it", param="model"
+    )
+
+
+def cannot_generate(engine: str) -> StatorError:
+    return StatorError(
+        ErrorCode.UNSUPPORTED,
+        f"this model makes embeddings ({engine} engine, runner: pooling) and no text; use /v1/embeddings",
+        param="model",
+    )
+
+
+def cannot_truncate(engine: str, dimensions: int) -> StatorError:
+    message = f"the engine of this model ({engine}) cannot cut its embeddings to {dimensions} dimensions; leave it out"
+    return StatorError(ErrorCode.UNSUPPORTED, message, param="dimensions")
 
 
 def _invalid(message: str, param: str) -> StatorError:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from stator.ids import InstanceId, RequestId, TransferId
+from stator.messages.embeddings import EmbedRequest
 from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, KvEvent
 from stator.transport.base import Endpoint, Sink, TransportClient
 from stator.transport.settings import Identity
@@ -84,6 +85,11 @@ class Engine(Protocol):
 
     def prefill(self, request: EngineRequest, sink: Sink) -> None:
         """Compute the KV blocks of prompt and resume ids and hold them. One item, a PrefillResult, then the end."""
+        ...
+
+    def embed(self, request: EmbedRequest, sink: Sink) -> None:
+        """One item, an Embedding, then the end. It depends on model and request alone. Sequences go on meanwhile, and
+        `abort` ends it too. UNSUPPORTED unless `EngineInfo.can_embed`, and for dimensions that the model has not."""
         ...
 
     def abort(self, request_id: RequestId) -> None:

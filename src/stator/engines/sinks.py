@@ -3,6 +3,7 @@
 import logging
 
 from stator.errors import StatorError
+from stator.messages.embeddings import Embedding
 from stator.messages.engine import PrefillResult, TokenDelta
 from stator.transport.base import Sink
 
@@ -16,7 +17,7 @@ def end_sink(sink: Sink, error: StatorError | None) -> None:
         logger.exception("a sink failed at its end")
 
 
-def push_last(sink: Sink, item: TokenDelta | PrefillResult) -> None:
+def push_last(sink: Sink, item: TokenDelta | PrefillResult | Embedding) -> None:
     try:
         sink.items([item])
     except Exception:

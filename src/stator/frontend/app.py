@@ -20,6 +20,7 @@ from stator.frontend.anthropic import (
 )
 from stator.frontend.bodies import Bodies
 from stator.frontend.decisions import DECISION_PREFIX, DecisionView
+from stator.frontend.embeddings import EMBEDDINGS_ENDPOINT
 from stator.frontend.generate import Generation, Targets
 from stator.frontend.health import HealthReport
 from stator.frontend.http import HttpExchange, Receive, Scope, Send, encode_json, internal_error
@@ -91,6 +92,7 @@ class FrontendApp:
         max_bytes = (settings or FrontendSettings()).max_body_bytes
         responses_dialect = ResponsesDialect(keeper, max_bytes=max_bytes, wall=wall)
         self._routes: dict[str, tuple[str, Respond]] = {
+            "/v1/embeddings": ("POST", lambda http: self.generation.handle(http, EMBEDDINGS_ENDPOINT)),
             "/v1/chat/completions": ("POST", lambda http: self.generation.handle(http, CHAT_DIALECT)),
             "/v1/completions": ("POST", lambda http: self.generation.handle(http, COMPLETIONS_DIALECT)),
             MESSAGES_PATH: ("POST", lambda http: self.generation.handle(http, MESSAGES_DIALECT)),

@@ -9,6 +9,7 @@ import msgspec
 
 from stator.errors import ErrorCode, StatorError
 from stator.frontend.bounds import check_bounds, check_messages, check_model
+from stator.messages.embeddings import EmbeddingsRequest
 from stator.messages.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from stator.messages.tokenize import DetokenizeRequest, TokenizeRequest
 from stator.messages.tools import Tool
@@ -25,6 +26,7 @@ _DECODE_CHAT = msgspec.json.Decoder(ChatCompletionRequest).decode
 _DECODE_COMPLETION = msgspec.json.Decoder(CompletionRequest).decode
 _DECODE_TOKENIZE = msgspec.json.Decoder(TokenizeRequest).decode
 _DECODE_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest).decode
+_DECODE_EMBEDDINGS = msgspec.json.Decoder(EmbeddingsRequest).decode
 _DECODE_NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _FREE_FORM = (
     "audio", "functions", "function_call", "prediction", "moderation", "web_search_options", "prompt_cache_options",
@@ -69,6 +71,16 @@ def decode_detokenize(body: bytes) -> DetokenizeRequest:
     """Raises as decode_request."""
     request = decode_body(_DECODE_DETOKENIZE, body)
     check_model(request.model)
+    return request
+
+
+def decode_embeddings(body: bytes) -> EmbeddingsRequest:
+    """Raises as decode_request."""
+    request = decode_body(_DECODE_EMBEDDINGS, body)
+    for name in ("messages", "mm_processor_kwargs"):
+        if (value := getattr(request, name)) is not None:
+            check_free_form(value, name)
+    _check_not_mixed(request.input, "input")
     return request
 
 
@@ -132,14 +144,18 @@ def check_request(request: ChatCompletionRequest | CompletionRequest) -> None:
     if request.response_format is not None or request.structured_outputs is not None:
         _check_form(request)
     if isinstance(request, CompletionRequest):
-        if isinstance(request.prompt, list) and len({type(part) for part in request.prompt}) > 1:
-            _refuse("Invalid value for 'prompt': a list may not mix texts, token ids and lists of token ids.", "prompt")
+        _check_not_mixed(request.prompt, "prompt")
         return
     for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
         if value is not None:
             check_free_form(value, name)
     _check_tools(request.tools)
     _check_messages(request.messages)
+
+
+def _check_not_mixed(value: Any, name: str) -> None:
+    if isinstance(value, list) and len({type(part) for part in value}) > 1:
+        _refuse(f"Invalid value for '{name}': a list may not mix texts, token ids and lists of token ids.", name)
 
 
 def _check_messages(messages: Sequence[ChatMessage]) -> None:

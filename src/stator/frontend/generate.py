@@ -21,7 +21,6 @@ from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, Completion
 from stator.observability.metrics import OTHER, Metrics, Tally
 from stator.runtime.context import CallContext
 from stator.transport.base import Target, TransportClient
-from stator.transport.calls import call as call_once
 
 logger = logging.getLogger(__name__)
 access_log = logging.getLogger("stator.frontend.access")
@@ -211,16 +210,16 @@ class Generation:
         targets = self._serving(request.model)
         target = self._target(targets, endpoint, http.path)
         try:
-            item = await call_once(self._client, target, request, context=context, item_type=unary.item_type)
+            answered = await unary.answer(http, self._client, target, request, context)
         except StatorError as error:
             if error.code is ErrorCode.NOT_FOUND:
                 raise not_served(http.path) from error
             other = self._target_after(error, targets, endpoint, target)
             if other is None:
                 raise self._of_all_models(error, request.model or "") from None
-            item = await call_once(self._client, other, request, context=context, item_type=unary.item_type)
-        record.status, record.ending = 200, Ending.STOP
-        await http.respond(200, unary.encode(item))
+            answered = await unary.answer(http, self._client, other, request, context)
+        record.status, record.ending, record.usage = 200, Ending.STOP, answered.usage
+        await http.respond(200, answered.body)
 
     async def _answer(self, http: HttpExchange, call: "_Call", target: Target, record: _Record) -> None:
         settings = self._settings

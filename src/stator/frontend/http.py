@@ -5,9 +5,9 @@ import logging
 import math
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -23,6 +23,7 @@ Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
+T = TypeVar("T")
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -292,6 +293,41 @@ class HttpExchange:
             more: bool = message.get("more_body", False)
             if not more or size > max_bytes * DISCARD_FACTOR:
                 return b"".join(parts) if size <= max_bytes else None
+
+
+async def unless_gone(http: HttpExchange, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result. When the client leaves before, the work is cancelled; raises ClientGone."""
+    task = asyncio.get_running_loop().create_task(work)
+    gone = False
+
+    def leave() -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    watcher: asyncio.Task[None] | None = None
+    if http.pipe is not None:
+        http.pipe.on_leave(leave)
+    else:
+        watcher = asyncio.get_running_loop().create_task(_watch(http.receive, leave))
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if gone and task.cancelled():
+            raise ClientGone from None
+        raise
+    finally:
+        if http.pipe is not None:
+            http.pipe.on_leave(None)
+        if watcher is not None:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+
+async def _watch(receive: Receive, leave: Callable[[], None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    leave()
 
 
 def _too_large(max_bytes: int) -> StatorError:

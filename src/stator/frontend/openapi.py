@@ -17,7 +17,8 @@ from stator.errors import ERRORS, ErrorCode
 from stator.frontend import anthropic as anthropic_api
 from stator.frontend import openapi_answers as answers
 from stator.frontend import openapi_anthropic
-from stator.messages import anthropic, openai, openai_limits, responses, tokenize
+from stator.frontend.embeddings import EmbeddingList
+from stator.messages import anthropic, embeddings, openai, openai_limits, responses, tokenize
 from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect, Field
 from stator.messages.openai_limits import RANGES
@@ -113,6 +114,14 @@ _OPERATIONS = (
         answers.TextCompletionChunk,
     ),
     _Operation(
+        "/v1/embeddings",
+        "createEmbedding",
+        "A vector for each of one or more texts",
+        EmbeddingList,
+        (*_OF_GENERATION, ErrorCode.NOT_FOUND),
+        embeddings.EmbeddingsRequest,
+    ),
+    _Operation(
         anthropic_api.MESSAGES_PATH,
         "createMessage",
         "Answer a conversation, in Anthropic's shape",
@@ -205,6 +214,7 @@ _OPERATIONS = (
 _FIELDS: dict[type[msgspec.Struct], Sequence[Field]] = {
     openai.ChatCompletionRequest: CHAT_FIELDS,
     openai.CompletionRequest: COMPLETION_FIELDS,
+    embeddings.EmbeddingsRequest: embeddings.EMBEDDING_FIELDS,
     anthropic.MessagesRequest: MESSAGES_FIELDS,
     anthropic.CountTokensRequest: COUNT_FIELDS,
     responses.ResponsesRequest: RESPONSES_FIELDS,
@@ -479,6 +489,7 @@ _ONE_TEXT: list[Json] = [
 _TEXTS: Json = {"type": "string", "minLength": 1}
 _TOKEN_IDS: Json = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}}
 _MANY = {"minItems": 1, "maxItems": openai_limits.MAX_CHOICES}
+_MANY_INPUTS = {"minItems": 1, "maxItems": embeddings.MAX_INPUTS}
 _OF_BOTH: dict[str, dict[str, Json]] = {
     "stop": {
         "string": {"minLength": 1, "maxLength": openai_limits.MAX_STOP_CHARS},
@@ -523,6 +534,25 @@ _PATCHES: tuple[tuple[str, dict[str, dict[str, Json]]], ...] = (
             },
             "max_tokens": {"integer": {"minimum": 0}},
             "logprobs": {"integer": {"minimum": 0, "maximum": openai_limits.MAX_TOP_LOGPROBS}},
+        },
+    ),
+    (
+        "EmbeddingsRequest",
+        {
+            "input": {
+                "string": {"minLength": 1},
+                "array": {
+                    "items": {},
+                    "anyOf": [
+                        {"items": _TEXTS, **_MANY_INPUTS},
+                        {"items": {"type": "array", **_TOKEN_IDS}, **_MANY_INPUTS},
+                        {key: _TOKEN_IDS[key] for key in ("items", "minItems")},
+                    ],
+                },
+            },
+            "dimensions": {"integer": {"minimum": 1}},
+            "truncate_prompt_tokens": {"integer": {"minimum": -1}},
+            "cache_salt": {"string": {"minLength": 1}},
         },
     ),
     ("MessagesRequest", {"messages": {"array": {"minItems": 1}}, "stop_sequences": _STOP_SEQUENCES}),

@@ -9,16 +9,28 @@ import msgspec
 
 from stator.errors import ErrorCode, StatorError
 from stator.frontend.decode import decode_detokenize, decode_tokenize, undeclared_fields
-from stator.frontend.http import OPENAI_ERRORS, ErrorForm
-from stator.messages.openai import ModelCard
+from stator.frontend.http import OPENAI_ERRORS, ErrorForm, HttpExchange
+from stator.messages.embeddings import EmbeddingsRequest
+from stator.messages.openai import ModelCard, Usage
 from stator.messages.tokenize import Detokenized, DetokenizeRequest, TokenizeAnswer, Tokenized, TokenizeRequest
 from stator.messages.tokens import num_tokens, unpack
+from stator.runtime.context import CallContext
+from stator.transport.base import Target, TransportClient
+from stator.transport.calls import call
 
 logger = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
 
-Request = TokenizeRequest | DetokenizeRequest
+Request = TokenizeRequest | DetokenizeRequest | EmbeddingsRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """usage: where there is something to count."""
+
+    body: bytes
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,13 @@ class Unary:
     encode: Callable[[Any], bytes]
     errors: ErrorForm = OPENAI_ERRORS
     generates: bool = False
+
+    async def answer(
+        self, http: HttpExchange, client: TransportClient, target: Target, request: Request, context: CallContext
+    ) -> Answered:
+        """Raises StatorError, or ClientGone."""
+        item = await call(client, target, request, context=context, item_type=self.item_type)
+        return Answered(self.encode(item))
 
     def request(self, body: bytes, models: Callable[[], Sequence[ModelCard]], call_id: str) -> Request:
         """Raises StatorError(INVALID_REQUEST), also for a request without a model where there are several."""

@@ -127,6 +127,7 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     fingerprint, engine version, connector).
     cannot_resume: sampling fields with which a request of this engine cannot be continued from resume_ids.
     cannot: sampling fields that it does not have at all; a request that uses one is refused.
+    can_embed: it makes embeddings (`messages.embeddings`).
     model_id, device: what was loaded, as configured, and what it computes on, e.g. `8 x NVIDIA H100 80GB HBM3`; by them
     the router finds how long steps take. Empty if not known.
     steps_while_waiting: it makes steps also when all that it has waits for blocks to be fetched.
@@ -146,6 +147,7 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     device: str = ""
     steps_while_waiting: bool = False
     cannot: tuple[str, ...] = ()
+    can_embed: bool = False
 
 
 class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True):

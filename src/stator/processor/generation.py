@@ -38,13 +38,12 @@ from stator.messages.tokens import TokenBuffer, num_tokens, pack
 from stator.processor.answer_form import AnswerReader, named_by
 from stator.processor.attempt import Attempt, RebookSink, RouteSink, TokenSink
 from stator.processor.booking import MAX_REBOOKINGS, Bookings, RouterWait
-from stator.processor.choices import ChoiceCall
 from stator.processor.details import Details, Told
 from stator.processor.feedback import RouteFeedback
 from stator.processor.instances import DecodeInstances
 from stator.processor.output import OutputText
 from stator.runtime.context import CallContext, loop_time
-from stator.transport.base import Call, Target, TransportClient
+from stator.transport.base import Call, StreamHandle, Target, TransportClient
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class Generation:
 
     def __init__(
         self,
-        call: Call | ChoiceCall,
+        call: Call,
         request: GenerationRequest,
         output: OutputText,
         shared: Shared,
@@ -197,7 +196,10 @@ class Generation:
             attempt.close()
             self._follow(effect)
             return
-        request = self._request
+        self.instances.opened(decision.instance_id, attempt)
+        attempt.stream = self.open_stream(attempt, decision, self._request)
+
+    def open_stream(self, attempt: Attempt, decision: RouteDecision, request: GenerationRequest) -> StreamHandle:
         engine_request = EngineRequest(
             request_id=self._call.context.request_id,
             prompt_ids=request.prompt_ids,
@@ -208,8 +210,7 @@ class Generation:
             lora_name=request.lora_name,
         )
         target = _generate_target(decision.addresses, decision.instance_id)
-        self.instances.opened(decision.instance_id, attempt)
-        attempt.stream = self._client.open(
+        return self._client.open(
             target, engine_request, TokenSink(attempt), context=self._context, item_type=TokenDelta
         )
 

@@ -135,6 +135,12 @@ class DecodeInstances:
             found = info.engine.engine, field
         return found
 
+    def cannot_embed(self, model: str) -> str | None:
+        """The engine of the model's instances if they are there, and none of them makes embeddings."""
+        infos = () if self._directory is None else self._directory.instances(role=DECODE_ROLE, model=model)
+        engines = [info.engine for info in infos if info.engine is not None]
+        return engines[0].engine if engines and not any(engine.can_embed for engine in engines) else None
+
     def _changed(self, change: DirectoryChange) -> None:
         self._adapters = None
         for info in change.added:

@@ -33,6 +33,7 @@ from stator.processor.booking import DEFAULT_ROUTER_WAIT_S, Bookings, RouterTarg
 from stator.processor.chat_template import ChatTemplate
 from stator.processor.choices import ChoiceCall, Choices
 from stator.processor.details import Details, ShownPrompt
+from stator.processor.embeddings import Embeddings
 from stator.processor.feedback import RouteFeedback
 from stator.processor.generation import Generation, GenerationRequest, Shared
 from stator.processor.instances import DecodeInstances
@@ -122,6 +123,13 @@ class Processor:
             source, origin = tokenizer.chat_template
             self._chat_template = ChatTemplate(source, origin=origin, special_tokens=tokenizer.special_tokens)
         self._names = ServedNames(self._models, self._instances)
+        self._embeddings = Embeddings(
+            models=self._models,
+            tokenizer=tokenizer,
+            max_model_len=max_model_len,
+            shared=self._shared,
+            thread_chars=self._settings.thread_chars,
+        )
         self._forms = AnswerForms(
             tokenizer,
             tool_parser=self._settings.tool_parser,
@@ -147,7 +155,7 @@ class Processor:
     @property
     def num_open(self) -> int:
         """Requests accepted and not ended."""
-        return len(self._open) + self._num_encoding + self._tokenization.num_open
+        return len(self._open) + self._num_encoding + self._tokenization.num_open + self._embeddings.num_open
 
     def endpoints(self) -> list[Endpoint]:
         return [
@@ -155,6 +163,7 @@ class Processor:
             Endpoint("completions", CompletionRequest, self.completions),
             Endpoint("count_tokens", ChatCompletionRequest, self.count_tokens),
             *self._tokenization.endpoints(),
+            *self._embeddings.endpoints(),
         ]
 
     def chat(self, call: Call) -> None:
@@ -177,16 +186,22 @@ class Processor:
         """Endpoint `detokenize`: DetokenizeRequest in, one Detokenized out."""
         self._tokenization.detokenize(call)
 
+    def embeddings(self, call: Call) -> None:
+        """Endpoint `embeddings`: EmbeddingsRequest in, one Embedding for each input out."""
+        self._embeddings.embeddings(call)
+
     async def drain(self) -> None:
         """Wait until no request is open. The caller bounds the wait and first stops new ones."""
         await self._idle.wait()
         await self._tokenization.drain()
+        await self._embeddings.drain()
 
     async def close(self) -> None:
         """End every open request with DRAINING. Idempotent."""
         self._closed = True
         for generation in list(self._open):
             generation.end(_stopping())
+        await self._embeddings.close()
         self._feedback.close()
         self._bookings.close()
         self._instances.close()

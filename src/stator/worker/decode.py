@@ -25,6 +25,7 @@ from stator.core.sequence_limits import computes_whole_prompt
 from stator.engines.base import Engine
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId, JobId, RequestId
+from stator.messages.embeddings import EmbedRequest
 from stator.messages.engine import EngineInfo, EngineRequest, PrefillDone, PrefillDoneReply, PrefillJob, PrefillTaken
 from stator.messages.reports import WorkerReport
 from stator.messages.tokens import num_tokens
@@ -33,7 +34,7 @@ from stator.runtime.context import loop_time
 from stator.runtime.directory import DirectoryChange, InstanceDirectory
 from stator.runtime.settings import FollowSetting
 from stator.runtime.tasks import TaskOwner
-from stator.transport.base import Call
+from stator.transport.base import Call, Sink
 from stator.worker.adapters import WorkerAdapters
 from stator.worker.host import WorkerHost
 
@@ -185,18 +186,14 @@ class DecodeWorker:
     def generate(self, call: Call) -> None:
         """Endpoint `generate`: EngineRequest in, TokenDelta out."""
         request: EngineRequest = call.request
-        if self._draining:
-            call.end(StatorError(ErrorCode.DRAINING, f"instance {self._host.instance_id} is draining"))
-            return
         lora, adapters = request.lora_name, self._adapters
         if lora is not None and adapters is not None and (refusal := adapters.refusal(lora)) is not None:
             call.end(refusal)
             return
-        self._num_open += 1
-        self._idle.clear()
-        # Callers choose request ids, and may send one again while its last attempt is still being aborted here.
-        self._num_accepted += 1
-        request = msgspec.structs.replace(request, request_id=RequestId(f"{request.request_id}/{self._num_accepted}"))
+        request_id = self._accept(call, request.request_id)
+        if request_id is None:
+            return
+        request = msgspec.structs.replace(request, request_id=request_id)
         num_prompt_tokens = num_tokens(request.prompt_ids) + num_tokens(request.resume_ids)
         choice = choose_prefill(
             self._policy,
@@ -219,14 +216,35 @@ class DecodeWorker:
             self._prefills["local"] += 1
             self._start_engine(request, call)
 
+    def embed(self, call: Call) -> None:
+        """Endpoint `embed`: EmbedRequest in, one Embedding out."""
+        request: EmbedRequest = call.request
+        request_id = self._accept(call, request.request_id)
+        if request_id is not None:
+            request = msgspec.structs.replace(request, request_id=request_id)
+            self._start_in_engine(request_id, call, lambda sink: self._engine.embed(request, sink))
+
+    def _accept(self, call: Call, request_id: RequestId) -> RequestId | None:
+        """Its id in the engine; None if it is refused here."""
+        if self._draining:
+            call.end(StatorError(ErrorCode.DRAINING, f"instance {self._host.instance_id} is draining"))
+            return None
+        self._num_open += 1
+        self._idle.clear()
+        # Callers choose request ids, and may send one again while its last attempt is still being aborted here.
+        self._num_accepted += 1
+        return RequestId(f"{request_id}/{self._num_accepted}")
+
     def _start_engine(self, request: EngineRequest, call: Call) -> None:
-        request_id = request.request_id
+        self._start_in_engine(request.request_id, call, lambda sink: self._engine.generate(request, sink))
+
+    def _start_in_engine(self, request_id: RequestId, call: Call, start: Callable[[Sink], None]) -> None:
         call.on_cancel(lambda: self._engine.abort(request_id))
         if call.cancelled:
             self._ended()
             return
         self._in_engine[request_id] = call
-        self._engine.generate(request, _EngineSink(call, lambda: self._engine_ended(request_id)))
+        start(_EngineSink(call, lambda: self._engine_ended(request_id)))
 
     def _engine_ended(self, request_id: RequestId) -> None:
         del self._in_engine[request_id]

@@ -56,6 +56,9 @@ class NotingVllm:
         on_added(request_id)
         on_output(SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7], finish_reason="length")]))
 
+    async def supported_tasks(self) -> frozenset[str]:
+        return frozenset({"generate"})
+
     async def abort(self, core_id: str) -> None:
         del core_id
 

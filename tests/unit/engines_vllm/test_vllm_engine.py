@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from stator.engines.lora import LoraEngine
@@ -22,7 +23,9 @@ from stator.engines.vllm.engine import VllmEngine
 from stator.engines.vllm.transfer import VllmTransfer, result_transfer
 from stator.errors import ConfigError, ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
+from stator.messages.embeddings import Embedding, EmbedRequest
 from stator.messages.engine import EngineRequest, FinishReason
+from stator.messages.tokens import pack
 from stator.testing.contracts.engine_suite import make_request, with_transfer
 from stator.testing.engine_bench import BenchEngine, RecordingSink, running_engines, until
 
@@ -59,6 +62,7 @@ class FakeVllm:
     killed: bool = False
     loras: list[tuple[str, int, str]] = field(default_factory=list[tuple[str, int, str]])
     lora_error: Exception | None = None
+    tasks: frozenset[str] = frozenset({"generate"})
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -71,6 +75,12 @@ class FakeVllm:
         await self.gate.wait()
         others["on_added"](f"core-{request_id}")
         self.added.append(Added(request_id, sampling, others["on_output"], others["lora"], others["priority"]))
+
+    async def supported_tasks(self) -> frozenset[str]:
+        return self.tasks
+
+    def has_dimensions(self, dimensions: int) -> bool:
+        return dimensions <= 2
 
     async def abort(self, core_id: str) -> None:
         self.aborted.append(core_id)
@@ -100,8 +110,9 @@ class FakeVllm:
 
 
 class FakeLaunch:
-    def __init__(self, fails: Exception | None = None) -> None:
+    def __init__(self, fails: Exception | None = None, tasks: frozenset[str] = frozenset({"generate"})) -> None:
         self.fails = fails
+        self.tasks = tasks
         self.vllm: FakeVllm | None = None
 
     def has_gpu(self) -> bool:
@@ -110,7 +121,7 @@ class FakeLaunch:
     async def start(self, arguments: list[str], record: Any) -> Any:
         if self.fails is not None:
             raise self.fails
-        self.vllm = FakeVllm(arguments)
+        self.vllm = FakeVllm(arguments, tasks=self.tasks)
         return self.vllm
 
 
@@ -354,3 +365,70 @@ async def test_the_token_is_in_a_file_of_ours_and_not_in_the_arguments() -> None
     async with running() as (_, vllm):
         assert "bench" not in " ".join(vllm.arguments)
         assert "token_file" in " ".join(vllm.arguments)
+
+
+class FakeTensor(list[float]):
+    """As far as the adapter reads a torch.Tensor."""
+
+    def float(self) -> "FakeTensor":
+        return self
+
+    def cpu(self) -> "FakeTensor":
+        return self
+
+    def numpy(self) -> Any:
+        return np.array(self)
+
+
+@contextlib.asynccontextmanager
+async def pooling() -> AsyncGenerator[tuple[BenchEngine, FakeVllm]]:
+    launch = FakeLaunch(tasks=frozenset({"embed", "token_embed"}))
+    async with running_engines(VllmEngine(settings_from_section(SECTION), launcher=launch)) as (one,):
+        assert launch.vllm is not None
+        yield one, launch.vllm
+
+
+def embed(one: BenchEngine, name: str, ids: list[int], **fields: Any) -> RecordingSink:
+    sink = RecordingSink()
+    one.engine.embed(EmbedRequest(RequestId(name), pack(ids), **fields), sink)
+    return sink
+
+
+@in_loop
+async def test_a_pooling_model_embeds_and_generates_nothing() -> None:
+    async with pooling() as (one, vllm):
+        assert one.info.can_embed
+        sink = embed(one, "a", [5, 6], dimensions=2, priority=3)
+        await until(lambda: bool(vllm.added))
+        (added,) = vllm.added
+        assert (added.sampling, added.priority) == ({"task": "embed", "dimensions": 2}, 3)
+        data = SimpleNamespace(data=FakeTensor([0.5, -1.0]))
+        added.on_output(SimpleNamespace(outputs=data, finished=True, error=None))
+        (item,) = (await sink.wait()).received
+        assert item == Embedding(np.array([0.5, -1.0], "<f4").tobytes(), 2)
+        error = await one.generate(make_request("b", [5])).wait_error()
+        assert (error.code, error.param) == (ErrorCode.UNSUPPORTED, "model") and "/v1/embeddings" in error.message
+        for name, ids, fields, param in (
+            ("c", [5], {"dimensions": 3}, "dimensions"),
+            ("d", [], {}, "input"),
+            ("e", [5] * 300, {}, "input"),
+            ("f", [2000], {}, "prompt_ids"),
+        ):
+            assert (await embed(one, name, ids, **fields).wait_error()).param == param
+        failing = embed(one, "g", [5])
+        await until(lambda: len(vllm.added) == 2)
+        vllm.added[1].on_output(SimpleNamespace(outputs=None, finished=True, error="x"))
+        assert (await failing.wait_error()).code is ErrorCode.INTERNAL
+        left = embed(one, "h", [5])
+        await until(lambda: len(vllm.added) == 3)
+        one.engine.abort(RequestId("h"))
+        assert (await left.wait_error()).code is ErrorCode.CANCELLED
+        await until(lambda: vllm.aborted == ["core-h"])
+
+
+@in_loop
+async def test_a_model_that_generates_makes_no_embeddings() -> None:
+    async with running() as (one, _):
+        assert not one.info.can_embed
+        error = await embed(one, "a", [5]).wait_error()
+        assert (error.code, error.param) == (ErrorCode.UNSUPPORTED, "model") and "vllm" in error.message

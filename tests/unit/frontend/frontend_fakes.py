@@ -12,6 +12,7 @@ from stator.errors import Ending
 from stator.frontend.app import FrontendApp
 from stator.frontend.health import HealthReport, ModelHealth
 from stator.frontend.settings import FrontendSettings
+from stator.messages.embeddings import EmbeddingsRequest
 from stator.messages.openai import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -106,6 +107,7 @@ async def frontend(
     fixture = Fixture(app, metrics, script)
     server.register(Endpoint("chat", ChatCompletionRequest, fixture.handle))
     server.register(Endpoint("completions", CompletionRequest, fixture.handle))
+    server.register(Endpoint("embeddings", EmbeddingsRequest, fixture.handle))
     server.register(Endpoint("count_tokens", ChatCompletionRequest, fixture.handle))
     server.register(Endpoint("tokenize", TokenizeRequest, fixture.handle))
     await server.start()

@@ -12,6 +12,7 @@ from openapi_spec_validator import validate
 from stator.errors import ERRORS
 from stator.frontend.openapi import document, document_json
 from stator.messages.anthropic_fields import COUNT_FIELDS, MESSAGES_FIELDS
+from stator.messages.embeddings import EMBEDDING_FIELDS
 from stator.messages.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, Effect
 from stator.messages.openai_limits import RANGES
 from stator.messages.responses_fields import RESPONSES_FIELDS
@@ -72,6 +73,7 @@ def test_it_is_served_and_made_once():
     [
         ("ChatCompletionRequest", CHAT_FIELDS),
         ("CompletionRequest", COMPLETION_FIELDS),
+        ("EmbeddingsRequest", EMBEDDING_FIELDS),
         ("MessagesRequest", MESSAGES_FIELDS),
         ("CountTokensRequest", COUNT_FIELDS),
         ("ResponsesRequest", RESPONSES_FIELDS),
@@ -177,3 +179,13 @@ def test_answers_and_their_chunks_are_as_described(path: str, name: str):
             validator(f"{name}Chunk").validate(event)
 
     asyncio.run(run())
+
+
+def test_embeddings_are_as_described():
+    assert takes("EmbeddingsRequest", {"model": MODEL, "input": [[1], [2]], "encoding_format": "base64"})
+    for wrong in ("", [], [[]], ["a", 1], None, [-1], ["a"] * 2049):
+        assert not takes("EmbeddingsRequest", {"model": MODEL, "input": wrong})
+    for shown in ([0.5], "AAAAPw=="):
+        data = [{"object": "embedding", "index": 0, "embedding": shown}]
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        validator("EmbeddingList").validate({"object": "list", "data": data, "model": MODEL, "usage": usage})

@@ -52,7 +52,7 @@ class Notes:
         raise AssertionError("not part of a start")
 
     generate = prefill = abort = release = load = cached_prefix_tokens = watch_kv = reset_prefix_cache = unused
-    holds_ended = unused
+    holds_ended = embed = unused
 
 
 class Process:

@@ -15,13 +15,21 @@ from stator import __version__
 from stator.core.blocks import BlockManager
 from stator.core.resuming import first_used
 from stator.core.scheduler import LiveSequence, Plan, ScheduledChunk, Scheduler, SchedulerConfig, StepOutcome
-from stator.core.sequence_limits import computes_whole_prompt, lacks
+from stator.core.sequence_limits import (
+    cannot_embed,
+    cannot_truncate,
+    computes_whole_prompt,
+    lacks,
+    validate_embedding,
+)
 from stator.engines.base import EngineHost, KvListener
 from stator.engines.local.args import LocalEngineArgs
 from stator.engines.local.capacity import scheduler_config
 from stator.engines.local.compiling import Compiling
+from stator.engines.local.embedding import EmbeddingLine
 from stator.engines.local.executor import ExecutorFactory
 from stator.engines.local.grammar import TokenGrammar
+from stator.engines.local.pooling import EmbeddingRunner
 from stator.engines.local.runner import Chunk, ChunkScores, Runner, SampleSpec, export_blocks
 from stator.engines.local.scores import score_spec
 from stator.engines.local.transfer import CONNECTOR, TransferParams, as_dict, parse_transfer
@@ -33,6 +41,7 @@ from stator.engines.transfer.messages import digest_tokens
 from stator.engines.transfer.server import BlockServer
 from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
+from stator.messages.embeddings import EmbedRequest
 from stator.messages.engine import (
     EngineInfo,
     EngineLoad,
@@ -104,6 +113,7 @@ class LocalEngine:
         self._num_listeners = 0
         self._num_transfer_failures = 0
         self._ended: StatorError | None = None
+        self._embeddings: EmbeddingLine | None = None
         self._computing: Sequence[ScheduledChunk] = ()
         self.adapters: dict[str, LoraAdapter] = {}
         self._started = False
@@ -133,6 +143,8 @@ class LocalEngine:
         )
         self._scheduler = Scheduler(config, self._blocks)
         self._compiling = Compiling(self._runner.grammars, self._add, end_sink)
+        if isinstance(self._runner, EmbeddingRunner):
+            self._embeddings = EmbeddingLine(self._runner, self._executor)
         self._server = BlockServer(
             blocks_of=self._scheduler.held_blocks,
             free=self._free_held,
@@ -144,7 +156,7 @@ class LocalEngine:
         self._started = True
         self._steps = self._tasks.spawn(self._run(), "steps")
         info = self._describe(config)
-        self._name = info.engine
+        self._name, self._max_model_len = info.engine, info.max_model_len
         return info
 
     def generate(self, request: EngineRequest, sink: Sink) -> None:
@@ -181,9 +193,28 @@ class LocalEngine:
         self._streams[request.request_id] = _Stream(sink, sequence)
         self._wake.set()
 
+    def embed(self, request: EmbedRequest, sink: Sink) -> None:
+        try:
+            self._check_embedding(request).begin(request, sink)
+        except StatorError as error:
+            asyncio.get_running_loop().call_soon(end_sink, sink, error)
+
+    def _check_embedding(self, request: EmbedRequest) -> EmbeddingLine:
+        if (error := self._not_ready(request.request_id)) is not None:
+            raise error
+        if self._embeddings is None:
+            raise cannot_embed(self._name)
+        if request.dimensions is not None:
+            raise cannot_truncate(self._name, request.dimensions)
+        validate_embedding(request, self._runner.vocab_size, self._max_model_len)
+        return self._embeddings
+
     def abort(self, request_id: RequestId) -> None:
         error = StatorError(ErrorCode.CANCELLED, "the request was cancelled")
-        if (sink := self._compiling.cancel(request_id)) is not None:
+        sink = self._compiling.cancel(request_id)
+        if sink is None and self._embeddings is not None:
+            sink = self._embeddings.cancel(request_id)
+        if sink is not None:
             self._loop.call_soon(end_sink, sink, error)
             return
         stream = self._streams.pop(request_id, None)
@@ -241,6 +272,8 @@ class LocalEngine:
             await self._server.close()
             await self._tasks.close()
             await self._compiling.close()
+            if self._embeddings is not None:
+                await self._embeddings.close()
             await self._executor.close()
             self._publish_kv()
             self._listeners.clear()
@@ -431,14 +464,20 @@ class LocalEngine:
     async def _import_blocks(self, blocks: list[tuple[int, bytes]]) -> None:
         await self._executor.receive(self._runner, blocks)
 
-    def _refusal(self, request: EngineRequest) -> StatorError | None:
+    def _not_ready(self, request_id: RequestId) -> StatorError | None:
         if not self._started:
             return StatorError(ErrorCode.ENGINE_DEAD, "the engine has not been started")
         if self._ended is not None:
             return StatorError(self._ended.code, self._ended.message)
-        if request.request_id in self._streams or request.request_id in self._compiling:
-            message = f"request {request.request_id} is already running on this engine; use another request id"
+        embedding = self._embeddings is not None and request_id in self._embeddings
+        if request_id in self._streams or request_id in self._compiling or embedding:
+            message = f"request {request_id} is already running on this engine; use another request id"
             return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
+        return None
+
+    def _refusal(self, request: EngineRequest) -> StatorError | None:
+        if (error := self._not_ready(request.request_id)) is not None:
+            return error
         if request.lora_name is not None and request.lora_name not in self.adapters:
             return not_loaded(request.lora_name, self.adapters)
         field = first_used(request.sampling, self._runner.cannot)
@@ -475,7 +514,8 @@ class LocalEngine:
     def _end_all(self, error: StatorError, suspects: Collection[LiveSequence] = ()) -> None:
         if self._ended is None:
             self._ended = error
-        for sink in self._compiling.cancel_all():
+        embedding = [] if self._embeddings is None else self._embeddings.cancel_all()
+        for sink in (*self._compiling.cancel_all(), *embedding):
             end_sink(sink, StatorError(error.code, error.message))
         streams = list(self._streams.values())
         self._streams.clear()
@@ -513,4 +553,5 @@ class LocalEngine:
             model_id=self._args.model,
             device="cpu",
             cannot=runner.cannot,
+            can_embed=self._embeddings is not None,
         )

@@ -187,6 +187,10 @@ class Decoder:
                 layer(rows, step, groups, rope, cache)
         return rows[: len(step.tokens)]
 
+    def final_states(self, hidden: F32) -> F32:
+        """hidden: [n, hidden_size] of `hidden_states`. Returns [n, hidden_size], after the final norm."""
+        return rms_norm(hidden, self._norm, self.config.rms_norm_eps)
+
     def logits(self, hidden: F32) -> F32:
         """hidden: [n, hidden_size] of `hidden_states`. Returns [n, vocab_size]."""
         rows = pad_rows(hidden, self.tile)

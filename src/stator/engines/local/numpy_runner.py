@@ -1,7 +1,7 @@
 """The local engine's model step in numpy (`runner.Runner`)."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from stator.engines.local.attention import KvCache, Span
 from stator.engines.local.forward import Decoder, Step
 from stator.engines.local.grammar import GrammarCompiler
 from stator.engines.local.model_config import ModelConfig, load_model_config
+from stator.engines.local.pooling import PART_TOKENS, MeanPool
 from stator.engines.local.runner import Chunk, ChunkScores
 from stator.engines.local.sampler import sample_tokens
 from stator.engines.local.scores import token_score
@@ -100,6 +101,19 @@ class NumpyRunner:
         """Compute the chunks as `step` does and return the logits after every token, [all tokens, vocab_size]; the
         same bits that `step` samples from."""
         return self._decoder.logits(self._compute(chunks))
+
+    def embed(self, token_ids: Sequence[int]) -> Iterator[bytes | None]:
+        """As `pooling.EmbeddingRunner.embed`."""
+        pool = MeanPool(self._decoder.config.hidden_size)
+        num_blocks = -(-len(token_ids) // self.block_size)
+        caches, table = self._decoder.new_caches(num_blocks), range(num_blocks)
+        for start in range(0, len(token_ids), PART_TOKENS):
+            if start:
+                yield None
+            part = Chunk(table, token_ids[start : start + PART_TOKENS], start, None)
+            hidden = self._decoder.hidden_states(self._lay_out([part]), caches)
+            pool.add(self._decoder.final_states(hidden))
+        yield pool.vector()
 
     def export_block(self, block_id: int) -> bytes:
         self._check_block(block_id)

@@ -52,8 +52,13 @@ class VllmSettings:
     lora_modules: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
+    def pooling(self) -> bool:
+        """It is said that the model makes embeddings, or the like, and no text: its blocks are of use to nobody."""
+        return self.flags.get("runner") == "pooling"
+
+    @property
     def prefix_caching(self) -> bool:
-        return self.flags.get("enable_prefix_caching") is not False
+        return self.flags.get("enable_prefix_caching") is not False and not self.pooling
 
     @property
     def num_workers(self) -> int:
@@ -146,11 +151,15 @@ def node_environment(place: NodePlace) -> dict[str, str]:
         ) from None
 
 
-def command_line(settings: VllmSettings, *, model: str, kv_transfer: Mapping[str, Any], **added: Any) -> list[str]:
-    """vLLM's arguments. model: resolved, for vLLM. kv_transfer: the connector's configuration. added: further flags."""
+def command_line(
+    settings: VllmSettings, *, model: str, kv_transfer: Mapping[str, Any] | None, **added: Any
+) -> list[str]:
+    """vLLM's arguments. model: resolved, for vLLM. kv_transfer: the connector's configuration, if
+    there is one. added: further flags."""
     flags = {**settings.flags, **{key: value for key, value in added.items() if value is not None}}
     arguments = ["--model", model, "--served-model-name", settings.name, "--disable-log-stats"]
-    arguments += ["--kv-transfer-config", json.dumps(kv_transfer)]
+    if kv_transfer is not None:
+        arguments += ["--kv-transfer-config", json.dumps(kv_transfer)]
     for key, value in flags.items():
         arguments += _argument(key, value)
     return arguments

@@ -20,7 +20,14 @@ from typing import Any
 from stator.config.hub import Needs, resolve_async
 from stator.core.hashing import block_hashes
 from stator.core.public_text import harmless
-from stator.core.sequence_limits import resumed_finish, validate
+from stator.core.sequence_limits import (
+    cannot_embed,
+    cannot_generate,
+    cannot_truncate,
+    resumed_finish,
+    validate,
+    validate_embedding,
+)
 from stator.engines.base import EngineHost, KvListener, NodePlace
 from stator.engines.lora import not_loaded
 from stator.engines.sinks import end_sink, push_last
@@ -29,6 +36,7 @@ from stator.engines.vllm import connectors
 from stator.engines.vllm import transfer as handover
 from stator.engines.vllm.adapters import Told, VllmAdapters
 from stator.engines.vllm.args import VllmSettings
+from stator.engines.vllm.connectors import ConnectorPlan
 from stator.engines.vllm.endings import StepRoom, in_last_step, is_death, is_refusal, no_ending
 from stator.engines.vllm.further_node import FurtherNode
 from stator.engines.vllm.holds import Holds
@@ -41,7 +49,16 @@ from stator.engines.vllm.started import Launch, StartedVllm, launch
 from stator.engines.vllm.transfer import VllmTransfer
 from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
-from stator.messages.engine import EngineInfo, EngineLoad, EngineRequest, FinishReason, PrefillResult, TokenDelta
+from stator.messages.embeddings import Embedding, EmbedRequest
+from stator.messages.engine import (
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    FinishReason,
+    PrefillResult,
+    SamplingParams,
+    TokenDelta,
+)
 from stator.messages.lora import LoraAdapter
 from stator.messages.tokens import BYTES_PER_TOKEN, num_tokens, unpack
 from stator.runtime.tasks import TaskOwner
@@ -50,6 +67,7 @@ from stator.transport.base import Sink
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 10.0
+MAX_TOLD_CHARS = 300
 
 _FINISHED = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length": FinishReason.LENGTH}
 
@@ -58,7 +76,7 @@ _FINISHED = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length
 class _Stream:
     """A request in the engine. core_id: under which vLLM knows it, once it does. transfer: set until its blocks at the
     prefill engine are needed no more. transfer_id: of a prefill, under which its blocks will be held. scored: its
-    deltas carry probabilities."""
+    deltas carry probabilities. pooling: parameters of a request for an embedding, which is none for text."""
 
     request: EngineRequest
     sink: Sink
@@ -66,6 +84,7 @@ class _Stream:
     transfer: VllmTransfer | None = None
     transfer_id: TransferId | None = None
     scored: bool = False
+    pooling: dict[str, Any] | None = None
     started: bool = False
     ended: bool = False
 
@@ -90,6 +109,7 @@ class VllmEngine:
         self._counter = LoadCounter(0)
         self._holds = Holds(hold_s, self._counter, lambda: self.load().num_blocks_held)
         self._eos: frozenset[int] = frozenset()
+        self._supported: frozenset[str] = frozenset()
         self._suspects: frozenset[_Stream] | None = None
         self._loras = VllmAdapters(settings)
 
@@ -100,6 +120,7 @@ class VllmEngine:
             llm = self._llm = await self._launcher.start(await self._arguments_of_vllm(host), self._counter.record)
             self._counter.num_blocks = llm.num_blocks
             self._eos = llm.eos_token_ids
+            self._supported = await llm.supported_tasks()
             if self._endpoints:
                 self._feed = KvEventFeed(self._settings.name, llm.block_size, self._endpoints)
                 await self._feed.start()
@@ -135,12 +156,7 @@ class VllmEngine:
     async def _arguments_of_vllm(self, host: EngineHost) -> list[str]:
         settings = self._settings
         gpu = await asyncio.to_thread(self._launcher.has_gpu)
-        plane = connectors.transfer_plane(
-            host, self.place, self._directory, num_data_parallel=settings.dp_ranks, hold_s=self._hold_s
-        )
-        self._plan = plan = connectors.plan_connector(
-            settings.kv_transfer_config, plane, gpu=gpu, environment=vllm_args.user_environment()
-        )
+        self._plan = plan = self._connector(host, gpu=gpu)
         self._endpoints = []
         added: dict[str, Any] = {"worker_extension_cls": plan.worker_extension}
         if settings.flags.get("worker_extension_cls"):
@@ -159,7 +175,19 @@ class VllmEngine:
             added |= vllm_args.node_flags(self.place)
             environment |= await asyncio.to_thread(vllm_args.node_environment, self.place)
         vllm_args.set_environment(environment, gpu=gpu, num_workers=settings.num_workers)
-        return vllm_args.command_line(settings, model=model.engine_model_string, kv_transfer=plan.config, **added)
+        kv_transfer = None if settings.pooling else plan.config
+        return vllm_args.command_line(settings, model=model.engine_model_string, kv_transfer=kv_transfer, **added)
+
+    def _connector(self, host: EngineHost, *, gpu: bool) -> ConnectorPlan:
+        settings = self._settings
+        if settings.pooling:
+            return ConnectorPlan("none", {})
+        plane = connectors.transfer_plane(
+            host, self.place, self._directory, num_data_parallel=settings.dp_ranks, hold_s=self._hold_s
+        )
+        return connectors.plan_connector(
+            settings.kv_transfer_config, plane, gpu=gpu, environment=vllm_args.user_environment()
+        )
 
     def _info(self, llm: StartedVllm, pairing: dict[str, str]) -> EngineInfo:
         return EngineInfo(
@@ -176,6 +204,7 @@ class VllmEngine:
             model_id=self._settings.model,
             device=llm.device,
             steps_while_waiting=True,
+            can_embed="embed" in self._supported,
         )
 
     # Requests
@@ -204,6 +233,21 @@ class VllmEngine:
         stream = _Stream(request, sink, transfer_id=TransferId(f"{self._host.instance_id}.{secrets.token_hex(12)}"))
         self._streams[request.request_id] = stream
         self._tasks.spawn(self._submit(stream), f"submit prefill {request.request_id}")
+
+    def embed(self, request: EmbedRequest, sink: Sink) -> None:
+        if (error := self._embedding_refusal(request)) is not None:
+            asyncio.get_running_loop().call_soon(end_sink, sink, error)
+            return
+        pooling = {"task": "embed", "dimensions": request.dimensions}
+        given = EngineRequest(
+            request.request_id,
+            request.prompt_ids,
+            SamplingParams(max_tokens=1),
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )
+        stream = self._streams[request.request_id] = _Stream(given, sink, pooling=pooling)
+        self._tasks.spawn(self._submit(stream), f"submit {request.request_id}")
 
     def abort(self, request_id: RequestId) -> None:
         stream = self._streams.get(request_id)
@@ -319,6 +363,7 @@ class VllmEngine:
                 lora=self._lora(stream.request),
                 priority=stream.request.priority,
                 dp_rank=self._cached(stream.request)[1] if self._settings.dp_ranks > 1 else None,
+                pooling=stream.pooling is not None,
             )
         except StatorError as error:
             self._fail(stream, error)
@@ -328,6 +373,8 @@ class VllmEngine:
             await llm.abort(stream.core_id)
 
     async def _arguments(self, stream: _Stream) -> dict[str, Any]:
+        if stream.pooling is not None:
+            return stream.pooling
         if stream.transfer_id is not None:
             return prefill_arguments(handover.prefill_params(self._plan.name, stream.transfer_id))
         llm = self._llm
@@ -377,14 +424,36 @@ class VllmEngine:
         usable = min(blocks, (len(tokens) // BYTES_PER_TOKEN - 1) // llm.block_size)
         return usable * llm.block_size, rank if usable else None
 
-    def _refusal(self, request: EngineRequest) -> StatorError | None:
+    def _not_ready(self, request_id: RequestId) -> StatorError | None:
         if self._ended is not None:
             return StatorError(self._ended.code, self._ended.message)
+        if request_id in self._streams:
+            message = f"request {request_id} is already running on this engine; use another request id"
+            return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
+        return None
+
+    def _embedding_refusal(self, request: EmbedRequest) -> StatorError | None:
+        if (error := self._not_ready(request.request_id)) is not None:
+            return error
         llm = self._llm
         assert llm is not None
-        if request.request_id in self._streams:
-            message = f"request {request.request_id} is already running on this engine; use another request id"
-            return StatorError(ErrorCode.INVALID_REQUEST, message, param="request_id")
+        if "embed" not in self._supported:
+            return cannot_embed("vllm")
+        if request.dimensions is not None and not llm.has_dimensions(request.dimensions):
+            return cannot_truncate("vllm", request.dimensions)
+        try:
+            validate_embedding(request, llm.vocab_size, llm.max_model_len)
+        except StatorError as error:
+            return error
+        return None
+
+    def _refusal(self, request: EngineRequest) -> StatorError | None:
+        if (error := self._not_ready(request.request_id)) is not None:
+            return error
+        llm = self._llm
+        assert llm is not None
+        if "generate" not in self._supported:
+            return cannot_generate("vllm")
         if request.lora_name is not None and request.lora_name not in self._loras.loaded:
             return not_loaded(request.lora_name, self._loras.loaded)
         try:
@@ -400,6 +469,9 @@ class VllmEngine:
             return
         if isinstance(output, Exception):
             self._fail(stream, self._as_error(output, stream))
+            return
+        if stream.pooling is not None:
+            self._embedded(stream, output)
             return
         completion = output.outputs[0]
         reason = completion.finish_reason
@@ -424,6 +496,14 @@ class VllmEngine:
             return
         self._forget(stream)
         push_last(stream.sink, delta)
+
+    def _embedded(self, stream: _Stream, output: Any) -> None:
+        if output.error is not None:
+            self._fail(stream, StatorError(ErrorCode.INTERNAL, "vLLM failed to make this embedding; its log says why"))
+            return
+        self._forget(stream)
+        vector = output.outputs.data.float().cpu().numpy().astype("<f4").tobytes()
+        push_last(stream.sink, Embedding(vector, num_tokens(stream.request.prompt_ids)))
 
     def _first_delta(self, stream: _Stream, output: Any, completion: Any, finish: FinishReason | None) -> TokenDelta:
         assert self._llm is not None

@@ -165,10 +165,12 @@ class StartedVllm:
         lora: tuple[str, int, str] | None,
         priority: int,
         dp_rank: int | None,
+        pooling: bool = False,
     ) -> None:
-        """on_output: of RequestOutputs, or of the Exception that ends the request; from vLLM's own callback. on_added:
-        with the id for `abort`, before the first of them."""
-        from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+        """sampling: of SamplingParams, or of PoolingParams if pooling. on_output: of RequestOutputs or
+        PoolingRequestOutputs, or of the Exception that ends the request; from vLLM's own callback. on_added: with the
+        id for `abort`, before the first of them."""
+        from vllm import PoolingParams, SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
             RequestOutputKind,
@@ -184,7 +186,7 @@ class StartedVllm:
         collector = await self._llm.add_request(
             request_id,
             prompt,
-            SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling),
+            PoolingParams(**sampling) if pooling else SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling),
             lora_request=None if lora is None else LoRARequest(lora[0], lora[1], lora[2]),
             priority=priority,
             data_parallel_rank=dp_rank,
@@ -197,6 +199,18 @@ class StartedVllm:
             early = error
         if early is not None:
             on_output(early)
+
+    async def supported_tasks(self) -> frozenset[str]:
+        """Kinds of pooling, embed among them, or generate."""
+        return frozenset(await self._llm.get_supported_tasks())
+
+    def has_dimensions(self, dimensions: int) -> bool:
+        """Whether the model's embeddings may be cut to so many."""
+        model = self.config.model_config
+        if not model.is_matryoshka:
+            return False
+        known = model.matryoshka_dimensions
+        return dimensions in known if known is not None else 1 <= dimensions <= model.embedding_size
 
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:

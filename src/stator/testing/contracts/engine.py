@@ -13,13 +13,14 @@ from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import EngineRequest, FinishReason
 from stator.messages.tokens import pack
+from stator.testing.contracts.engine_embeddings import EngineEmbeddingsContract
 from stator.testing.contracts.engine_scores import EngineScoresContract
 from stator.testing.contracts.engine_suite import SCENARIO_S, EngineSettings, make_request, with_transfer
 from stator.testing.contracts.engine_transfer import EngineTransferContract
 from stator.testing.engine_bench import BenchEngine, KvMirror, RecordingSink, until
 
 
-class EngineContract(EngineTransferContract, EngineScoresContract):
+class EngineContract(EngineTransferContract, EngineScoresContract, EngineEmbeddingsContract):
     """Everything an engine must do; `EngineSuite` says what a subclass gives."""
 
     def test_info_describes_the_engine(self) -> None:

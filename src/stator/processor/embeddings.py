@@ -1,0 +1,314 @@
+"""Endpoint `embeddings`: inputs to vectors. Each input is routed, and computed elsewhere if its instance fails, by
+itself; what one of them fails of ends the request.
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from stator.core.sequence_limits import cannot_embed
+from stator.errors import ErrorCode, StatorError
+from stator.ids import InstanceId, RequestId
+from stator.messages.embeddings import Embedding, EmbeddingsRequest, EmbedRequest
+from stator.messages.engine import SamplingParams
+from stator.messages.processor import RouteDecision
+from stator.messages.tokens import TokenBuffer
+from stator.processor import embedding_inputs
+from stator.processor.attempt import Attempt, TokenSink
+from stator.processor.generation import Generation, GenerationRequest, Shared
+from stator.processor.output import OutputText
+from stator.processor.tokenizer import ModelTokenizer
+from stator.runtime.context import CallContext
+from stator.transport.base import Call, Endpoint, StreamHandle, Target
+
+logger = logging.getLogger(__name__)
+
+INPUTS_AT_ONCE = 32
+"""Of one request at the router and the engines; the others wait for these."""
+
+MAX_WAITING = 64
+"""Requests with long texts that may wait for the thread; more are refused."""
+
+RETRY_AFTER_S = 2.0
+_ONE_TOKEN = SamplingParams(max_tokens=1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _embed_target(addresses: tuple[str, ...], instance_id: InstanceId) -> Target:
+    return Target(addresses, "embed", instance_id)
+
+
+class Embeddings:
+    """models: the names of the one that is served; the first is the router's. thread_chars: requests with that many
+    characters and more are tokenized on a thread.
+
+    Owns its open calls until `close`, which ends them with DRAINING.
+    """
+
+    def __init__(
+        self,
+        *,
+        models: tuple[str, ...],
+        tokenizer: ModelTokenizer,
+        max_model_len: int,
+        shared: Shared,
+        thread_chars: int,
+    ) -> None:
+        self._models = models
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._shared = shared
+        self._thread_chars = thread_chars
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize-embeddings")
+        self._output = OutputText(tokenizer.detokenizer(), (), min_tokens=0, stop_ids=())
+        self._open: dict[_Inputs, None] = {}
+        self._num_encoding = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open) + self._num_encoding
+
+    def endpoints(self) -> list[Endpoint]:
+        return [Endpoint("embeddings", EmbeddingsRequest, self.embeddings)]
+
+    def embeddings(self, call: Call) -> None:
+        """Endpoint `embeddings`: EmbeddingsRequest in, one Embedding for each input out, as they come."""
+        request: EmbeddingsRequest = call.request
+        try:
+            if self._closed:
+                raise _stopping()
+            embedding_inputs.check(request, self._models, self._max_model_len)
+            found = embedding_inputs.inputs(request, self._tokenizer.num_ids)
+            self._check_engines()
+            if sum(len(each) for each in found if isinstance(each, str)) < self._thread_chars:
+                self._begin(call, self._encoded(request, found))
+                return
+            if self._num_encoding >= MAX_WAITING:
+                message = f"{self._num_encoding} requests with long texts wait to be tokenized, as many as may"
+                raise StatorError(ErrorCode.OVERLOADED, message, retry_after_s=RETRY_AFTER_S)
+        except Exception as error:
+            self._fail(call, error)
+            return
+        self._num_encoding += 1
+        self._idle.clear()
+        # A caller that left while its texts waited costs nothing more.
+        waiting = asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: None if call.cancelled else self._encoded(request, found)
+        )
+        waiting.add_done_callback(lambda done: self._on_encoded(call, done))
+
+    async def drain(self) -> None:
+        """Wait until no call is open."""
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Idempotent."""
+        self._closed = True
+        for inputs in list(self._open):
+            inputs.end(_stopping())
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        await self._idle.wait()
+
+    def _check_engines(self) -> None:
+        """Before work is done for nothing; what no engine is known to say, the engine says."""
+        lacking = self._shared.instances.cannot_embed(self._models[0])
+        if lacking is not None:
+            raise cannot_embed(lacking)
+
+    def _encoded(self, request: EmbeddingsRequest, found: Sequence[str | list[int]]) -> list[TokenBuffer]:
+        def encode(text: str, special: bool) -> TokenBuffer:
+            try:
+                return self._tokenizer.encode(text, add_special_tokens=special)
+            except StatorError as error:
+                raise StatorError(error.code, error.message, param="input") from error
+
+        return embedding_inputs.encoded(request, found, encode, self._max_model_len)
+
+    def _on_encoded(self, call: Call, done: "asyncio.Future[list[TokenBuffer] | None]") -> None:
+        self._num_encoding -= 1
+        self._set_idle()
+        if call.cancelled:
+            return
+        error = _stopping() if self._closed or done.cancelled() else done.exception()
+        if error is not None:
+            self._fail(call, error)
+        else:
+            self._begin(call, done.result() or [])
+
+    def _begin(self, call: Call, encoded: Sequence[TokenBuffer]) -> None:
+        inputs = _Inputs(call, encoded, self._start, self._done)
+        self._open[inputs] = None
+        self._idle.clear()
+        inputs.start()
+
+    def _start(self, call: "_InputCall") -> None:
+        asked: EmbeddingsRequest = call.request
+        request = GenerationRequest(
+            model=self._models[0],
+            prompt_ids=call.prompt_ids,
+            # No engine keeps blocks of an input, so that none need be looked for.
+            block_hashes=[],
+            sampling=_ONE_TOKEN,
+            stop_ids=(),
+            priority=asked.priority or 0,
+            cache_salt=asked.cache_salt,
+        )
+        _RoutedInput(call, request, self._output, self._shared, on_done=_nothing).start()
+
+    def _done(self, inputs: "_Inputs") -> None:
+        self._open.pop(inputs, None)
+        self._set_idle()
+
+    def _set_idle(self) -> None:
+        if not self.num_open:
+            self._idle.set()
+
+    def _fail(self, call: Call, error: BaseException) -> None:
+        if isinstance(error, StatorError):
+            call.end(error)
+            return
+        logger.error("request %s failed in the processor", call.context.request_id, exc_info=error)
+        call.end(StatorError(ErrorCode.INTERNAL, "the processor failed; its log has the reason"))
+
+
+class _RoutedInput(Generation):
+    """An input on its way, as a request that generates: router, booking, second instance. Its one item is a vector."""
+
+    def open_stream(self, attempt: Attempt, decision: RouteDecision, request: GenerationRequest) -> StreamHandle:
+        asked: EmbeddingsRequest = self._call.request
+        embed = EmbedRequest(
+            request_id=self._call.context.request_id,
+            prompt_ids=request.prompt_ids,
+            dimensions=asked.dimensions,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )
+        target = _embed_target(decision.addresses, decision.instance_id)
+        return self._client.open(target, embed, TokenSink(attempt), context=self._context, item_type=Embedding)
+
+    def on_tokens(self, instance_id: InstanceId, deltas: Sequence[Any]) -> None:
+        attempt = self._attempt
+        if attempt is not None:
+            # Its stream ends by itself.
+            attempt.started, attempt.stream = True, None
+        self._release()
+        self._call.items(deltas)
+        self._call.end()
+
+
+class _InputCall:
+    """An input's end of the request's call; what `Generation` needs of a Call."""
+
+    __slots__ = ("_inputs", "_on_cancel", "cancelled", "context", "ended", "index", "prompt_ids", "request")
+
+    def __init__(self, inputs: "_Inputs", index: int, prompt_ids: TokenBuffer, call: Call) -> None:
+        outer = call.context
+        request_id = RequestId(f"{outer.request_id}.{index}")
+        self.context = CallContext(request_id, outer.deadline, outer.headers, watched=True)
+        self.request: Any = call.request
+        self.index = index
+        self.prompt_ids = prompt_ids
+        self.cancelled = False
+        self.ended = False
+        self._inputs = inputs
+        self._on_cancel: Callable[[], None] | None = None
+
+    def on_cancel(self, callback: Callable[[], None], /) -> None:
+        if self.cancelled:
+            callback()
+        else:
+            self._on_cancel = callback
+
+    def items(self, items: Sequence[Embedding], /) -> None:
+        self._inputs.on_vector(self, items[0])
+
+    def end(self, error: StatorError | None = None, /) -> None:
+        if not self.ended:
+            self.ended = True
+            self._inputs.on_end(self, error)
+
+    def cancel(self) -> None:
+        if self.ended or self.cancelled:
+            return
+        self.cancelled = True
+        callback, self._on_cancel = self._on_cancel, None
+        if callback is not None:
+            callback()
+
+    async def writable(self) -> None:
+        raise NotImplementedError("an input is pushed, never waited for")
+
+
+class _Inputs:
+    """A request's inputs, INPUTS_AT_ONCE of them at a time. start: begins one. on_done: once nothing is open."""
+
+    def __init__(
+        self,
+        call: Call,
+        encoded: Sequence[TokenBuffer],
+        start: Callable[[_InputCall], None],
+        on_done: Callable[["_Inputs"], None],
+    ) -> None:
+        self._call = call
+        self._start = start
+        self._on_done = on_done
+        self._waiting: Iterator[_InputCall] = (_InputCall(self, index, ids, call) for index, ids in enumerate(encoded))
+        self._open: dict[_InputCall, None] = {}
+        self._over = False
+
+    def start(self) -> None:
+        self._call.on_cancel(self._cancel)
+        self._fill()
+
+    def end(self, error: StatorError) -> None:
+        """With a failure, if it has not ended."""
+        if not self._over:
+            self._cancel()
+            self._call.end(error)
+
+    def _fill(self) -> None:
+        while not self._over and len(self._open) < INPUTS_AT_ONCE:
+            following = next(self._waiting, None)
+            if following is None:
+                if not self._open:
+                    self._over = True
+                    self._on_done(self)
+                    self._call.end()
+                return
+            self._open[following] = None
+            self._start(following)
+
+    def on_vector(self, call: _InputCall, item: Embedding) -> None:
+        if not self._over:
+            self._call.items([msgspec.structs.replace(item, index=call.index)])
+
+    def on_end(self, call: _InputCall, error: StatorError | None) -> None:
+        self._open.pop(call, None)
+        if error is not None:
+            self.end(error)
+        elif not self._over:
+            self._fill()
+
+    def _cancel(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        for call in list(self._open):
+            call.cancel()
+        self._on_done(self)
+
+
+def _nothing(_: Generation) -> None:
+    pass
+
+
+def _stopping() -> StatorError:
+    return StatorError(ErrorCode.DRAINING, "this processor is stopping; send the request again")
