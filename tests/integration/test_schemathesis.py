@@ -60,5 +60,14 @@ def test_the_server_is_as_its_document_says(tmp_path: Path) -> None:
     assert code == 0, output
     passed = re.search(r"(\d+) generated, \1 passed", output)
     assert passed is not None and int(passed[1]) >= MIN_CASES, output
-    for endpoint in ("chat", "completions", "responses", "messages", "count_tokens", "tokenize", "detokenize"):
+    for endpoint in (
+        "chat",
+        "completions",
+        "responses",
+        "messages",
+        "count_tokens",
+        "embeddings",
+        "tokenize",
+        "detokenize",
+    ):
         assert re.search(rf'stator_requests_total{{code="200",endpoint="{endpoint}"', metrics), output

@@ -28,7 +28,6 @@ SECTION = {
     "max_model_len": 512,
     "num_gpu_blocks_override": 65,
     "kv_cache_memory_bytes": 64 << 20,
-    "max_num_batched_tokens": 256,
     "enforce_eager": True,
 }
 
@@ -40,7 +39,6 @@ def test_a_pooling_model_gives_what_the_local_engine_computes() -> None:
     async def main() -> None:
         async with running_engines(forked.engine(SECTION)) as (one,):
             assert one.info.can_embed
-            # The longest takes more than one step.
             prompts = [list(range(300, 300 + length)) for length in (1, 31, 100, 500)]
             found = await asyncio.gather(*(vector_of(one, str(len(prompt)), prompt) for prompt in prompts))
             for prompt, vector in zip(prompts, found, strict=True):
