@@ -148,8 +148,8 @@ def test_every_error_names_its_place_what_was_found_and_what_was_expected(tmp_pa
     text = "Processor:\n  model: m\n  blok-size: 1\n  migration-limit: -1\n  router: kw\n  max-model-len: true\n"
     assert fails(tmp_path, text, service="Processor").splitlines() == [
         "c.yaml:3: Processor.blok-size: unknown key (did you mean block-size?); known: model, revision, "
-        "served-model-name, block-size, max-model-len, migration-limit, migration-wait-s, router, trust-remote-code, "
-        "max-queued-requests, max-queued-tokens, max-queue-wait",
+        "served-model-name, block-size, max-model-len, migration-limit, migration-wait-s, tool-call-parser, "
+        "reasoning-parser, router, trust-remote-code, max-queued-requests, max-queued-tokens, max-queue-wait",
         "c.yaml:4: Processor.migration-limit: found -1, expected a whole number, at least 0",
         'c.yaml:5: Processor.router: found "kw", expected one of kv, round-robin, random, least-loaded',
         "c.yaml:6: Processor.max-model-len: found true, expected a whole number, at least 2",
