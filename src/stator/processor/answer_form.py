@@ -127,6 +127,9 @@ class AnswerReader:
         self._num_calls += sum(piece.name is not None for piece in delta.tool_calls)
         if not self._tells_reasoning:
             delta.reasoning = ""
+        if self._mode in (CallMode.REQUIRED, CallMode.NAMED):
+            # Its grammar has calls and their markup alone: text is markup that max_tokens cut.
+            delta.text = ""
         return delta
 
     def ending(self, ending: Ending) -> Ending:

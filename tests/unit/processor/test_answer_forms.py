@@ -185,6 +185,19 @@ def test_a_cut_off_answer_ends_for_its_length() -> None:
     run(scene)
 
 
+@pytest.mark.parametrize("cut", ["\n</tool_c", '\n</tool_call>\n<tool_call>\n{"na'])
+def test_markup_that_is_cut_off_is_no_text_of_a_forced_call(cut: str) -> None:
+    async def scene(case: Harness) -> None:
+        ids = ids_of(case, CALL.removesuffix("\n</tool_call>") + cut)
+        case.workers["w1"].script = answer_with(ids, finish=FinishReason.LENGTH)
+        got = await case.open("chat", chat(tools=TOOLS, tool_choice="required")).done()
+        assert "".join(delta.text for delta in got.deltas) == ""
+        assert "".join(p.arguments for d in got.deltas for p in d.tool_calls) == '{"at": "sea"}'
+        assert got.deltas[-1].ending is Ending.LENGTH
+
+    run(scene, template=fixtures.CHATML)
+
+
 def test_it_goes_on_elsewhere_in_the_midst_of_a_call() -> None:
     async def scene(case: Harness) -> None:
         ids = ids_of(case, CALL)
