@@ -205,7 +205,9 @@ class FrontendServer:
 def _bound_kernel_buffer(fd: int, num_bytes: int) -> None:
     """Of each connection that is accepted there, what the kernel takes that nobody has read. By itself it grows to
     megabytes, and where many clients send what is not read, the system runs out of memory for TCP, and drops packets of
-    all."""
+    all. A loop whose sockets are not the kernel's (stator.testing.sim) has none to bound."""
+    if fd < 0:
+        return
     with socket.socket(fileno=os.dup(fd)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, num_bytes)
 

@@ -59,6 +59,10 @@ class BoundSocket:
     def getsockname(self) -> tuple[str, int]:
         return self.host, self.port
 
+    def fileno(self) -> int:
+        """None of the kernel's."""
+        return -1
+
     def close(self) -> None:
         pass
 
