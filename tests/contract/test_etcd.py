@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import itertools
 import random
 import shutil
 import signal
@@ -214,7 +215,9 @@ def test_members_fail_one_at_a_time(tmp_path: Path) -> None:
                             server.resume()
                         else:
                             await server.start()
-                assert seen == [f"{number}.{step}".encode() for number in range(3) for step in range(5)]
+                # A put whose answer a stopped member kept is sent again: the same value twice is the same state.
+                values = [value for value, _ in itertools.groupby(seen)]
+                assert values == [f"{number}.{step}".encode() for number in range(3) for step in range(5)]
                 assert not lease.lost.is_set()
 
     run(scene)
