@@ -67,7 +67,7 @@ from stator.transport.base import Sink
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 10.0
-MAX_TOLD_CHARS = 300
+MAX_TOLD_CHARS = 1000
 
 _FINISHED = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length": FinishReason.LENGTH}
 
