@@ -8,7 +8,12 @@ same `StatorError` on the other side.
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 from stator.ids import InstanceId
+
+DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what was expected: a text in them that is not UTF-8 is no DecodeError."""
 
 
 class ErrorCode(StrEnum):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import logging
 import random
 import signal
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -313,6 +314,24 @@ def test_a_snapshot_shortens_the_log_and_new_members_begin_there(
                     await one.queue.size()
 
     run(scene)
+
+
+def test_a_head_of_snapshots_that_cannot_be_read_does_not_keep_new_members_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        server = NatsServer(tmp_path)
+        settings = NatsSettings((server.address,))
+        async with started(server), members(settings, settings) as (one, late):
+            await one.put("kept")
+            names = nats_log.LogNames("a.b", "prefill/kind", LIMITS)
+            for head in (b"garbage", b'{"created": "\x80"}'):
+                await one.connection.request(f"{names.subject}.snap.head", head, timeout_s=3.0)
+            assert [delivery.job_id for delivery in await late.pull()] == ["kept"]
+
+    with caplog.at_level(logging.ERROR):
+        run(scene)
+    assert "what says where the snapshot of" in caplog.text
 
 
 def test_payloads_larger_than_a_message(tmp_path: Path) -> None:

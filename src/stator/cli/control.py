@@ -14,7 +14,7 @@ from stator.cli.control_plane import ControlPlane, HubControl
 from stator.config import environment
 from stator.config.external import ExternalPlanes
 from stator.discovery.base import KeyValue
-from stator.errors import ConfigError, ErrorCode, StatorError
+from stator.errors import DECODE_ERRORS, ConfigError, ErrorCode, StatorError
 from stator.graph import network, token
 from stator.graph.node import DEFAULT_HUB_PORT
 from stator.graph.planes import Planes, open_planes
@@ -50,7 +50,7 @@ class Deployment:
         """What discovery has now, sorted by service and instance; what this version cannot read is left out."""
         found: list[tuple[KeyValue, InstanceInfo]] = []
         for entry in await self.planes.discovery.get_prefix(INSTANCES_PREFIX):
-            with contextlib.suppress(msgspec.MsgspecError):
+            with contextlib.suppress(*DECODE_ERRORS):
                 found.append((entry, msgspec.msgpack.decode(entry.value, type=InstanceInfo)))
         return found
 

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 import msgspec
 
+from stator.errors import DECODE_ERRORS
 from stator.ids import InstanceId
 from stator.messages import engine_groups as messages
 from stator.messages.engine_groups import GroupMember, GroupOffer, GroupStart
@@ -276,5 +277,5 @@ def _decode(value: bytes | None, kind: type[T]) -> T | None:
         return None
     try:
         return msgspec.msgpack.decode(value, type=kind)
-    except msgspec.DecodeError:
+    except DECODE_ERRORS:
         return None

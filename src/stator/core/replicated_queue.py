@@ -48,6 +48,7 @@ from stator.core.job_queue_events import (
     Refused,
     Tick,
 )
+from stator.errors import DECODE_ERRORS
 from stator.ids import InstanceId, JobId, LeaseId
 
 RULES = 2
@@ -157,7 +158,7 @@ def entry_of(data: bytes, place: Place | None) -> Entry:
     """place: where it was found; None for one that there is not. Raises Misplaced."""
     try:
         entry = msgspec.msgpack.decode(data, type=Entry)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except DECODE_ERRORS as error:
         raise Misplaced(f"it is no entry: {error}") from None
     if place_of(entry.event) is not place:
         raise Misplaced(f"a {place_of(entry.event)} does not belong there; its writer may not be who may write one")
@@ -265,7 +266,7 @@ class ReplicatedQueue:
 
     @classmethod
     def restore(cls, data: bytes, limits: QueueLimits) -> "ReplicatedQueue":
-        """Raises msgspec.DecodeError or msgspec.ValidationError."""
+        """Raises one of DECODE_ERRORS."""
         snapshot = msgspec.msgpack.decode(data, type=_Snapshot)
         queue = cls(limits, snapshot.sequence)
         queue._core = JobQueueCore.restore(snapshot.queue, limits)

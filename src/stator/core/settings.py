@@ -21,6 +21,7 @@ import msgspec
 
 from stator.core.key_store import KeyValue, WatchBatch
 from stator.core.routing import RouterMode
+from stator.errors import DECODE_ERRORS
 
 Value = bool | int | str
 
@@ -115,7 +116,7 @@ def decode(setting: Setting, data: bytes) -> Document:
     """Raises InvalidSetting."""
     try:
         document = msgspec.json.decode(data, type=Document)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         found = data[:60].decode(errors="replace")
         raise InvalidSetting(
             f'{setting.name}: found {found!r}, expected {{"version": NUMBER, "value": {setting.expected}, or null}}'

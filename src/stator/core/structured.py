@@ -6,6 +6,7 @@ import msgspec
 
 from stator.core.json_schema import check_schema, invalid
 from stator.core.tools.request import NAME_RULE, is_name
+from stator.errors import DECODE_ERRORS
 from stator.messages.grammar import Choice, Grammar, Json, Literal, OwnGrammar, Regex
 from stator.messages.tools import ResponseFormat, StructuredOutputs
 
@@ -81,7 +82,7 @@ def _schema(given: dict[str, Any] | str, where: str) -> dict[str, Any]:
     if isinstance(given, str):
         try:
             given = msgspec.json.decode(given, type=dict[str, Any])
-        except (msgspec.DecodeError, RecursionError):
+        except DECODE_ERRORS:
             raise invalid(where, f"{where} is not a JSON object") from None
     check_schema(given, where)
     return given

@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from stator.config.external import EtcdSettings
-from stator.errors import ErrorCode, StatorError
+from stator.errors import DECODE_ERRORS, ErrorCode, StatorError
 from stator.hub.client import Backoff
 from stator.runtime.context import loop_time
 
@@ -75,7 +75,7 @@ def decode(data: bytes | msgspec.Raw, kind: type[T]) -> T:
     """The gateway writes 64-bit numbers as strings and leaves out what is zero. Raises Failure."""
     try:
         return msgspec.json.decode(data, type=kind, strict=False)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except DECODE_ERRORS as error:
         raise Failure(ErrorCode.PROTOCOL, f"an answer that is not etcd's ({error})", final=True) from None
 
 

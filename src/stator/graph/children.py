@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from stator.config.schema import ServiceArgs
-from stator.errors import ConfigError
+from stator.errors import DECODE_ERRORS, ConfigError
 from stator.graph.protocol import Announcing, ChildSpec, Failed, Hung, Ready, Report
 from stator.runtime.context import loop_time
 from stator.runtime.tasks import TaskOwner
@@ -90,7 +90,7 @@ class Child:
     def _report(self, line: bytes) -> None:
         try:
             report = msgspec.json.decode(line, type=Report)
-        except msgspec.DecodeError as error:
+        except DECODE_ERRORS as error:
             logger.warning("%s sent a status that is not understood: %s", self.spec.label, error)
             return
         if isinstance(report, Ready):

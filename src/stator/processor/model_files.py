@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import ConfigError
+from stator.errors import DECODE_ERRORS, ConfigError
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value: Any = msgspec.json.decode(read_text(path))
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from stator.config.external import NatsSettings
-from stator.errors import ErrorCode, StatorError
+from stator.errors import DECODE_ERRORS, ErrorCode, StatorError
 from stator.hub.client import Backoff
 from stator.runtime.context import loop_time
 from stator.runtime.tasks import TaskOwner
@@ -164,9 +164,12 @@ class NatsConnection:
                 f"{self.name} has no JetStream: start nats-server with -js, or with a `jetstream` block in its "
                 f"configuration, and allow it for this account",
             ) from None
-        if (error := msgspec.json.decode(answer.data, type=_Answer).error) is not None:
-            raise JetStreamError(error)
-        return msgspec.json.decode(answer.data, type=kind)
+        try:
+            if (error := msgspec.json.decode(answer.data, type=_Answer).error) is not None:
+                raise JetStreamError(error)
+            return msgspec.json.decode(answer.data, type=kind)
+        except DECODE_ERRORS:
+            raise StatorError(ErrorCode.PROTOCOL, f"{self.name}: an answer that is not JetStream's") from None
 
     async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
         """On the present connection; it ends with that. Raises StatorError(INSTANCE_LOST) without one."""

@@ -33,7 +33,7 @@ from stator.core.replicated_queue import (
     log_version,
     place_of,
 )
-from stator.errors import ErrorCode, StatorError
+from stator.errors import DECODE_ERRORS, ErrorCode, StatorError
 from stator.hub.client import Backoff
 from stator.queue.nats_connection import JetStreamError, NatsConnection, NoResponders
 from stator.runtime.context import loop_time
@@ -234,7 +234,7 @@ class QueueLog:
     def _check_stored(self, data: bytes) -> None:
         try:
             error = msgspec.json.decode(data, type=_PubAck).error
-        except (msgspec.DecodeError, msgspec.ValidationError):
+        except DECODE_ERRORS:
             raise StatorError(
                 ErrorCode.PROTOCOL, f"{self._connection.name}: an answer that is not JetStream's"
             ) from None
@@ -304,7 +304,11 @@ class QueueLog:
 
     async def _head(self) -> _Head | None:
         data = await self._last(self._names.snap, f"{self._names.subject}.snap.head")
-        return None if data is None else msgspec.json.decode(data, type=_Head)
+        try:
+            return None if data is None else msgspec.json.decode(data, type=_Head)
+        except DECODE_ERRORS as error:
+            logger.error("what says where the snapshot of %s is cannot be read: %s", self._names.log, error)
+            return None
 
     # Following.
 
@@ -374,7 +378,7 @@ class QueueLog:
             return None
         try:
             return ReplicatedQueue.restore(b"".join(whole), self._limits)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except DECODE_ERRORS as error:
             logger.error("the snapshot of %s cannot be read: %s", self._names.log, error)
             return None
 

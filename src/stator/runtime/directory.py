@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from stator.discovery.base import Discovery, Lease, WatchBatch
+from stator.errors import DECODE_ERRORS
 from stator.ids import InstanceId
 from stator.messages.instances import INSTANCES_PREFIX, InstanceInfo, InstanceState, instance_key
 from stator.runtime.tasks import TaskOwner
@@ -151,7 +152,7 @@ class InstanceDirectory:
     def _decode(self, key: str, value: bytes) -> InstanceInfo | None:
         try:
             info = msgspec.msgpack.decode(value, type=InstanceInfo)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except DECODE_ERRORS as error:
             if key not in self._complained:
                 self._complained.add(key)
                 logger.warning("ignoring %s in discovery: not an instance this version understands (%s)", key, error)

@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import ErrorCode, StatorError
+from stator.errors import DECODE_ERRORS, ErrorCode, StatorError
 from stator.messages.control import Cancel, Challenge, Credit, Data, Frame, GoAway, Open, Proof, Welcome
 from stator.transport import handshake
 from stator.transport.base import Lane, Target
 from stator.transport.client_stream import ClientStream
 from stator.transport.connection import Connection, TransportStats, cannot_carry
-from stator.transport.encoding import DECODE_ERRORS, ENCODE_ERRORS, FrameTooLong, encode_request
+from stator.transport.encoding import ENCODE_ERRORS, FrameTooLong, encode_request
 from stator.transport.refusals import too_many_streams
 from stator.transport.server_call import deadline_passed
 from stator.transport.settings import Identity, TransportSettings

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import msgspec
 
-from stator.errors import ErrorCode, StatorError
+from stator.errors import DECODE_ERRORS, ErrorCode, StatorError
 from stator.messages.control import Frame, Ping, Pong
 from stator.transport.base import Lane
-from stator.transport.encoding import DECODE_ERRORS, FrameSplitter, FrameTooLong, append_frame
+from stator.transport.encoding import FrameSplitter, FrameTooLong, append_frame
 from stator.transport.settings import KIB, TransportSettings
 from stator.transport.tls import TlsSession
 

@@ -4,10 +4,9 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import ErrorCode, StatorError
+from stator.errors import DECODE_ERRORS, ErrorCode, StatorError
 from stator.ids import InstanceId
 from stator.transport.base import Endpoint
-from stator.transport.encoding import DECODE_ERRORS
 from stator.transport.refusals import stale_instance
 from stator.transport.server_call import ServerCall
 from stator.transport.settings import Identity

@@ -14,9 +14,6 @@ LENGTH = struct.Struct(">I")
 ENCODE_ERRORS = (TypeError, ValueError, OverflowError, RecursionError)
 """What msgspec raises for an object that msgpack cannot carry."""
 
-DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are not what was expected."""
-
 encoder = msgspec.msgpack.Encoder()
 
 

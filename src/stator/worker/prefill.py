@@ -24,7 +24,7 @@ from stator.core.disagg import PrefillRoom
 from stator.core.pairing import differences, in_words
 from stator.discovery.base import Lease
 from stator.engines.base import Engine
-from stator.errors import ErrorCode, StatorError
+from stator.errors import DECODE_ERRORS, ErrorCode, StatorError
 from stator.ids import RequestId, TransferId
 from stator.messages.engine import EngineInfo, PrefillDone, PrefillDoneReply, PrefillJob, PrefillResult, PrefillTaken
 from stator.messages.reports import WorkerReport
@@ -165,7 +165,7 @@ class PrefillWorker:
     def _take(self, delivery: Delivery) -> None:
         try:
             job = msgspec.msgpack.decode(delivery.payload, type=PrefillJob)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             logger.error("prefill job %s cannot be read (%s); dropped", delivery.job_id, error)
             self._tasks.spawn(self._ack(delivery), f"ack {delivery.job_id}")
             return

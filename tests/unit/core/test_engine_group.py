@@ -137,6 +137,7 @@ def test_a_view_leaves_out_what_it_does_not_understand() -> None:
         offer_key(SERVICE): b"\xc1",
         rank_key(SERVICE, "a", 1): msgspec.msgpack.encode(member(1, "b")),
         rank_key(SERVICE, "a", 2): b"",
+        rank_key(SERVICE, "a", 3): msgspec.msgpack.encode(member(3, "c")).replace(b"host-c", b"host-\x80"),
         start_key(SERVICE, "a"): msgspec.msgpack.encode(START),
         f"{groups_prefix(SERVICE)}groups/a/later": b"x",
     }

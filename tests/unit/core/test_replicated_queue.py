@@ -4,7 +4,7 @@ import dataclasses
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stator.core import replicated_queue as rq
@@ -190,7 +190,12 @@ def test_an_entry_counts_only_where_its_kind_belongs(event: rq.Logged) -> None:
                 rq.entry_of(data, place)
 
 
-@given(st.binary(max_size=64), st.sampled_from([*rq.Place, None]))
+@given(
+    st.binary(max_size=64) | st.builds(lambda head, rest: head + rest, st.just(b"\x93\xa3"), st.binary(max_size=40)),
+    st.sampled_from([*rq.Place, None]),
+)
+@example(b"\x93\xa1\x80\x01\x81", None)  # A text that is not UTF-8.
+@example(b"\x93\xa1a\x01" + b"\x91" * 5000, None)
 def test_what_is_no_entry_is_misplaced_and_breaks_nobody(data: bytes, place: rq.Place | None) -> None:
     try:
         entry = rq.entry_of(data, place)

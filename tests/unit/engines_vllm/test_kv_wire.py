@@ -91,6 +91,7 @@ def test_unknown_events_are_left_out_and_said_once(caplog: pytest.LogCaptureFixt
         payload([]),
         payload({}),
         payload({"type": "BlockStored"}),
+        payload({"type": "LaterEvent"}).replace(b"Later", b"Late\x80"),
         payload(MAP | {"token_ids": [-1]}),
         payload(MAP | {"token_ids": [2**32]}),
         payload(MAP | {"block_hashes": ["text"]}),

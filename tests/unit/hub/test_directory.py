@@ -74,6 +74,7 @@ def test_what_is_not_an_instance_is_said_once_and_ignored(caplog: pytest.LogCapt
         key = instance_key("VllmWorker", InstanceId("a"))
         await discovery.put(key, b"\xc1 not msgpack")
         await discovery.put(key, msgspec.msgpack.encode({"instance_id": 7}))
+        await discovery.put(key, msgspec.msgpack.encode({"instance_id": "a"}).replace(b"\xa1a", b"\xa1\x80"))
         await directory.start()
         await directory.wait_for(lambda view: view.synced, 5.0)
         await discovery.put(key, b"")

@@ -7,7 +7,7 @@ from typing import Any, cast
 import msgspec
 import xxhash
 
-from stator.errors import ConfigError
+from stator.errors import DECODE_ERRORS, ConfigError
 from stator.messages.tokens import pack
 
 MAX_WORDS = 4096
@@ -96,5 +96,5 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *DECODE_ERRORS) as error:
         raise ConfigError(f"{path}: expected a JSON object: {error}") from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from stator.core.engine_blocks import EngineCleared, EngineEvent, EngineRemoved, EngineStored
+from stator.errors import DECODE_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class KvBatchDecoder:
         try:
             batch = _batch.decode(payload)
             decoded = [self._event(raw) for raw in batch.events]
-        except msgspec.DecodeError as error:
+        except DECODE_ERRORS as error:
             # Not chained into what is shown: the message names the field, and tokens must not reach a log.
             raise KvWireError(f"a KV event batch of {len(payload)} bytes cannot be read: {error}") from None
         return [event for event in decoded if event is not None]
