@@ -3,7 +3,8 @@
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from functools import cache
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -28,10 +29,6 @@ _DECODE_TOKENIZE = msgspec.json.Decoder(TokenizeRequest).decode
 _DECODE_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest).decode
 _DECODE_EMBEDDINGS = msgspec.json.Decoder(EmbeddingsRequest).decode
 _DECODE_NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_FREE_FORM = (
-    "audio", "functions", "function_call", "prediction", "moderation", "web_search_options", "prompt_cache_options",
-    "chat_template_kwargs", "guided_json", "guided_choice",
-)  # fmt: skip
 
 _PART_TYPE = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
 _MESSAGE_FIELDS = ("function_call", "audio", "refusal")
@@ -40,8 +37,6 @@ _REFUSED_OF_MESSAGE = operator.attrgetter(*_MESSAGE_FIELDS)
 
 MAX_NAMED_FIELDS = 16
 MAX_NAME_CHARS = 64
-
-_FREE_FORM_VALUES = operator.attrgetter(*_FREE_FORM)
 
 _T = TypeVar("_T")
 
@@ -58,9 +53,7 @@ def decode_tokenize(body: bytes) -> TokenizeRequest:
     """Raises as decode_request."""
     request = decode_body(_DECODE_TOKENIZE, body)
     _check_tools(request.tools)
-    for name in ("chat_template_kwargs", "mm_processor_kwargs"):
-        if (value := getattr(request, name)) is not None:
-            check_free_form(value, name)
+    _check_free_forms(request)
     _check_messages(request.messages or ())
     check_model(request.model)
     check_messages(request.messages or ())
@@ -77,9 +70,7 @@ def decode_detokenize(body: bytes) -> DetokenizeRequest:
 def decode_embeddings(body: bytes) -> EmbeddingsRequest:
     """Raises as decode_request."""
     request = decode_body(_DECODE_EMBEDDINGS, body)
-    for name in ("messages", "mm_processor_kwargs"):
-        if (value := getattr(request, name)) is not None:
-            check_free_form(value, name)
+    _check_free_forms(request)
     _check_not_mixed(request.input, "input")
     return request
 
@@ -143,12 +134,10 @@ def check_request(request: ChatCompletionRequest | CompletionRequest) -> None:
         _refuse("'stream_options' is only allowed together with 'stream': true.", "stream_options")
     if request.response_format is not None or request.structured_outputs is not None:
         _check_form(request)
+    _check_free_forms(request)
     if isinstance(request, CompletionRequest):
         _check_not_mixed(request.prompt, "prompt")
         return
-    for name, value in zip(_FREE_FORM, _FREE_FORM_VALUES(request), strict=True):
-        if value is not None:
-            check_free_form(value, name)
     _check_tools(request.tools)
     _check_messages(request.messages)
 
@@ -183,6 +172,26 @@ def _check_form(request: ChatCompletionRequest | CompletionRequest) -> None:
 def _refuse_message_field(values: tuple[Any, ...], where: str) -> NoReturn:
     name = next(name for name, value in zip(_MESSAGE_FIELDS, values, strict=True) if value is not None)
     raise StatorError(ErrorCode.UNSUPPORTED, f"{where}.{name} is not supported; leave it out.", param=f"{where}.{name}")
+
+
+@cache
+def _free_forms(
+    kind: type[msgspec.Struct],
+) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]], tuple[None, ...]]:
+    """The fields that take any JSON, all their values in one call, and those of a request that has none of them."""
+    names = tuple(name for name, hint in get_type_hints(kind).items() if _takes_any(hint))
+    return names, operator.attrgetter(*names), (None,) * len(names)
+
+
+def _takes_any(hint: Any) -> bool:
+    return hint is Any or any(_takes_any(part) for part in get_args(hint))
+
+
+def _check_free_forms(request: msgspec.Struct) -> None:
+    names, read, absent = _free_forms(type(request))
+    if (values := read(request)) != absent:
+        for name, value in zip(names, values, strict=True):
+            check_free_form(value, name)
 
 
 def check_free_form(value: Any, param: str) -> None:

@@ -15,7 +15,7 @@ from stator.errors import ERRORS, Ending, ErrorCode, StatorError
 from stator.frontend.decode import CHAT, COMPLETIONS, decode_request
 from stator.frontend.health import HealthReport
 from stator.frontend.settings import FrontendSettings
-from stator.messages.openai import PromptTokensDetails, RequestFields, Usage
+from stator.messages.openai import CompletionRequest, PromptTokensDetails, RequestFields, Usage
 from stator.messages.processor import CompletionDelta
 from stator.transport import Call
 
@@ -102,6 +102,22 @@ def decoded_or_refused(endpoint: str, body: bytes) -> None:
         assert error.code is ErrorCode.INVALID_REQUEST
         assert error.message.endswith(".")
         assert len(error.message) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["guided_json", "guided_regex", "guided_choice", "guided_grammar", "audio", "function_call", "prediction"]
+)
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1])
+def test_a_number_that_the_wire_cannot_carry_is_refused_in_any_field_of_any_json(name: str, value: int):
+    for endpoint, body in ((CHAT, chat_body), (COMPLETIONS, text_body)):
+        if endpoint == COMPLETIONS and name not in CompletionRequest.__struct_fields__:
+            continue
+        for held in ([{"a": value}], value):
+            if name == "audio":
+                held = {"a": value}
+            with pytest.raises(StatorError, match="64 bits") as refused:
+                decode_request(endpoint, body(**{name: held}))
+            assert refused.value.param == name
 
 
 @settings(deadline=None)
