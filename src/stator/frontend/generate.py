@@ -18,12 +18,12 @@ from stator.frontend.unary import Unary, not_served
 from stator.ids import RequestId
 from stator.messages.openai import ModelCard, Usage
 from stator.messages.processor import EXPLAIN_HEADER, SESSION_HEADER, CompletionDelta
+from stator.observability import access_log
 from stator.observability.metrics import OTHER, Metrics, Tally
 from stator.runtime.context import CallContext
 from stator.transport.base import Target, TransportClient
 
 logger = logging.getLogger(__name__)
-access_log = logging.getLogger("stator.frontend.access")
 
 TIMEOUT_HEADER = b"x-request-timeout-s"
 CARRIED_HEADERS = {name.encode("ascii"): name for name in ("traceparent", "tracestate", SESSION_HEADER, EXPLAIN_HEADER)}
@@ -356,25 +356,21 @@ class Generation:
             metrics.histogram("request_input_tokens", *labels).observe(usage.prompt_tokens)
             metrics.histogram("request_output_tokens", *labels).observe(usage.completion_tokens)
             metrics.histogram("request_cached_tokens", *labels).observe(usage.prompt_tokens_details.cached_tokens)
-        if access_log.isEnabledFor(logging.INFO):
-            self._log(http, record, now)
+        if access_log.is_enabled():
+            access_log.log(_access_line(http, record, now))
 
-    def _log(self, http: HttpExchange, record: _Record, now: float) -> None:
-        usage = record.usage
-        access_log.info(
-            "%s %s %d %s model=%s stream=%d in=%s out=%d cached=%s ttft_ms=%s ms=%.1f",
-            record.endpoint,
-            http.call_id,
-            record.status,
-            record.ending.value if record.error is None else record.error.value,
-            record.model,
-            record.streamed,
-            "-" if usage is None else usage.prompt_tokens,
-            record.num_tokens,
-            "-" if usage is None else usage.prompt_tokens_details.cached_tokens,
-            "-" if record.first_token_at is None else round((record.first_token_at - record.started) * 1e3, 1),
-            (now - record.started) * 1e3,
-        )
+
+def _access_line(http: HttpExchange, record: _Record, now: float) -> str:
+    usage, ended = record.usage, record.ending.value if record.error is None else record.error.value
+    tokens_in, cached = "-", "-"
+    if usage is not None:
+        tokens_in, cached = str(usage.prompt_tokens), str(usage.prompt_tokens_details.cached_tokens)
+    ttft = "-" if record.first_token_at is None else f"{(record.first_token_at - record.started) * 1e3:.1f}"
+    return (
+        f"{record.endpoint} {http.call_id} {record.status} {ended} model={record.model} stream={record.streamed:d} "
+        f"in={tokens_in} out={record.num_tokens} cached={cached} ttft_ms={ttft} "
+        f"ms={(now - record.started) * 1e3:.1f}"
+    )
 
 
 def _explanation(first: CompletionDelta) -> Headers:

@@ -4,12 +4,13 @@ import atexit
 import contextlib
 import logging
 import os
-import queue
 import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TextIO
 
 import msgspec
@@ -24,14 +25,20 @@ FORMATS = ("text", "json")
 
 
 MAX_QUEUED_LINES = 10_000
+MAX_LINES_AT_ONCE = 100
+GATHER_S = 0.01
 FLUSH_TIMEOUT_S = 2.0
 _DROPPED = "%d lines of this log were dropped: nobody read it"
 
 
 def _timestamp(created: float) -> str:
     """UTC, milliseconds, sortable as text."""
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(created))
-    return f"{seconds}.{int(created * 1000) % 1000:03d}Z"
+    return f"{_second(int(created))}.{int(created * 1000) % 1000:03d}Z"
+
+
+@lru_cache(maxsize=8)
+def _second(created: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(created))
 
 
 class TextFormatter(logging.Formatter):
@@ -76,13 +83,17 @@ class BackgroundHandler(logging.Handler):
     """Gives formatted lines to `write` on a thread of its own: a log that nobody reads, or whose disk is full, must not
     hold the event loop that logs.
 
+    A line after a pause is written at once. Those that follow are gathered for GATHER_S and given to `write` together,
+    up to MAX_LINES_AT_ONCE with line breaks between them: waking the thread for each would cost a busy process more
+    than all else about a line.
+
     Lines beyond MAX_QUEUED_LINES are dropped and counted. `flush` and `close` wait until what is queued is written, for
     FLUSH_TIMEOUT_S at most.
     """
 
     def __init__(self, write: Callable[[str], None], max_lines: int = MAX_QUEUED_LINES) -> None:
         super().__init__()
-        self._write_line = write
+        self._write_lines = write
         self._max_lines = max_lines
         self._num_dropped = 0
         self._begin()
@@ -91,11 +102,11 @@ class BackgroundHandler(logging.Handler):
         atexit.register(_flush_if_alive, weakref.ref(self))
 
     def _begin(self) -> None:
-        self._lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
+        self._lines = _Lines()
         self._writer: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._lines.qsize() >= self._max_lines:
+        if len(self._lines.waiting) >= self._max_lines:
             self._num_dropped += 1
             return
         try:
@@ -111,16 +122,10 @@ class BackgroundHandler(logging.Handler):
     def _put(self, line: str) -> None:
         self._lines.put(line)
         if self._writer is None:
-            self._writer = threading.Thread(target=self._run, args=(self._lines,), name="log", daemon=True)
+            self._writer = threading.Thread(
+                target=_write_all, args=(self._lines, self._write_lines), name="log", daemon=True
+            )
             self._writer.start()
-
-    def _run(self, lines: "queue.SimpleQueue[str | threading.Event | None]") -> None:
-        while (line := lines.get()) is not None:
-            if isinstance(line, threading.Event):
-                line.set()
-                continue
-            with contextlib.suppress(OSError, ValueError):
-                self._write_line(line)
 
     def flush(self) -> None:
         if self._writer is not None and threading.current_thread() is not self._writer:
@@ -135,6 +140,50 @@ class BackgroundHandler(logging.Handler):
         self._lines.put(None)
         self._begin()
         super().close()
+
+
+class _Lines:
+    """From the threads that log to the one that writes. An event is set when what came before it is written; None
+    ends the writer."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[str | threading.Event | None] = deque()
+        self.some = threading.Event()
+
+    def put(self, item: str | threading.Event | None) -> None:
+        self.waiting.append(item)
+        if not self.some.is_set():
+            self.some.set()
+
+
+def _write_all(lines: _Lines, write: Callable[[str], None]) -> None:
+    ended = False
+    while not ended:
+        lines.some.wait()
+        lines.some.clear()
+        ended = _write_waiting(lines.waiting, write)
+        if not ended:
+            time.sleep(GATHER_S)
+
+
+def _write_waiting(waiting: "deque[str | threading.Event | None]", write: Callable[[str], None]) -> bool:
+    """Whether the writer is to end."""
+    while waiting:
+        batch: list[str] = []
+        item = waiting.popleft()
+        while isinstance(item, str):
+            batch.append(item)
+            if len(batch) == MAX_LINES_AT_ONCE or not waiting:
+                break
+            item = waiting.popleft()
+        if batch:
+            with contextlib.suppress(OSError, ValueError):
+                write("\n".join(batch))
+        if item is None:
+            return True
+        if isinstance(item, threading.Event):
+            item.set()
+    return False
 
 
 def _flush_if_alive(handler: "weakref.ref[BackgroundHandler]") -> None:
@@ -172,8 +221,8 @@ def _restart_after_fork(handler: BackgroundHandler) -> None:
     os.register_at_fork(after_in_child=restart)
 
 
-def write_to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")
+def write_to_stderr(lines: str) -> None:
+    sys.stderr.write(lines + "\n")
     sys.stderr.flush()
 
 

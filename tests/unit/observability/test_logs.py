@@ -84,10 +84,10 @@ class SlowReader:
         self.reads = threading.Event()
         self.asked = threading.Event()
 
-    def write(self, line: str) -> None:
+    def write(self, lines: str) -> None:
         self.asked.set()
         assert self.reads.wait(10)
-        self.lines.append(line)
+        self.lines += lines.split("\n")
 
 
 def _log(handler: logging.Handler, text: str) -> None:
@@ -124,6 +124,20 @@ def test_a_library_that_configures_logging_does_not_silence_it() -> None:
     assert [line.split("INFO ")[-1] for line in lines] == ["before", "after"]
 
 
+def test_lines_that_come_while_others_are_written_are_written_together() -> None:
+    writes: list[str] = []
+    reader = SlowReader()
+    handler = BackgroundHandler(lambda lines: (writes.append(lines), reader.write(lines))[0])
+    _log(handler, "0")
+    assert reader.asked.wait(10)
+    for number in range(1, 250):
+        _log(handler, str(number))
+    reader.reads.set()
+    handler.close()
+    assert reader.lines == [str(number) for number in range(250)]
+    assert [len(lines.split("\n")) for lines in writes] == [1, 100, 100, 49]
+
+
 def test_a_full_disk_costs_lines_and_nothing_else() -> None:
     def write(line: str) -> None:
         if "lost" in line:
@@ -134,6 +148,7 @@ def test_a_full_disk_costs_lines_and_nothing_else() -> None:
     handler = BackgroundHandler(write)
     for text in ("one", "lost", "two"):
         _log(handler, text)
+        handler.flush()
     handler.close()
     assert lines == ["one", "two"]
 
