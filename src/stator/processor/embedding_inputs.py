@@ -7,6 +7,7 @@ from stator.errors import ErrorCode, StatorError
 from stator.messages.embeddings import MAX_INPUTS, MAX_TOTAL_TOKENS, EmbeddingsRequest, unsupported_field
 from stator.messages.openai_limits import RANGES
 from stator.messages.tokens import TokenBuffer, num_tokens, pack, unpack
+from stator.processor.prompt_jobs import TextPrompt
 
 Encode = Callable[[str, bool], TokenBuffer]
 """A text's token ids, with or without the special ones that the tokenizer adds."""
@@ -54,6 +55,14 @@ def inputs(request: EmbeddingsRequest, num_ids: int) -> list[str | list[int]]:
             if max(each) >= num_ids:
                 raise _invalid("input", f"input: token id {max(each)} is not in the vocabulary (0 to {num_ids - 1})")
     return found
+
+
+def texts(request: EmbeddingsRequest, found: Sequence[str | list[int]]) -> list[TextPrompt]:
+    """What `encoded` asks for. Of what may be cut it asks for the bare text too."""
+    special = [request.add_special_tokens]
+    if request.truncate_prompt_tokens is not None and request.add_special_tokens:
+        special.append(False)
+    return [TextPrompt(each, with_special) for each in found if isinstance(each, str) for with_special in special]
 
 
 def encoded(

@@ -4,15 +4,13 @@ itself; what one of them fails of ends the request.
 
 import asyncio
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 
 from stator.core.sequence_limits import cannot_embed
-from stator.errors import ErrorCode, StatorError
+from stator.errors import StatorError
 from stator.ids import InstanceId, RequestId
 from stator.messages.embeddings import Embedding, EmbeddingsRequest, EmbedRequest
 from stator.messages.engine import SamplingParams
@@ -20,21 +18,18 @@ from stator.messages.processor import RouteDecision
 from stator.messages.tokens import TokenBuffer
 from stator.processor import embedding_inputs
 from stator.processor.attempt import Attempt, TokenSink
+from stator.processor.deferred import DeferredWork, guarded, stopping
 from stator.processor.generation import Generation, GenerationRequest, Shared
 from stator.processor.output import OutputText
+from stator.processor.prompt_jobs import TextPrompt
+from stator.processor.prompts import Prompts
 from stator.processor.tokenizer import ModelTokenizer
 from stator.runtime.context import CallContext
 from stator.transport.base import Call, Endpoint, StreamHandle, Target
 
-logger = logging.getLogger(__name__)
-
 INPUTS_AT_ONCE = 32
 """Of one request at the router and the engines; the others wait for these."""
 
-MAX_WAITING = 64
-"""Requests with long texts that may wait for the thread; more are refused."""
-
-RETRY_AFTER_S = 2.0
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 
 
@@ -44,8 +39,8 @@ def _embed_target(addresses: tuple[str, ...], instance_id: InstanceId) -> Target
 
 
 class Embeddings:
-    """models: the names of the one that is served; the first is the router's. thread_chars: requests with that many
-    characters and more are tokenized on a thread.
+    """models: the names of the one that is served; the first is the router's. prompts, deferred: as `prompts.Prompts`
+    has them.
 
     Owns its open calls until `close`, which ends them with DRAINING.
     """
@@ -57,91 +52,73 @@ class Embeddings:
         tokenizer: ModelTokenizer,
         max_model_len: int,
         shared: Shared,
-        thread_chars: int,
+        prompts: Prompts,
+        deferred: DeferredWork,
     ) -> None:
         self._models = models
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._shared = shared
-        self._thread_chars = thread_chars
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize-embeddings")
+        self._prompts = prompts
+        self._deferred = deferred
         self._output = OutputText(tokenizer.detokenizer(), (), min_tokens=0, stop_ids=())
         self._open: dict[_Inputs, None] = {}
-        self._num_encoding = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False
 
     @property
     def num_open(self) -> int:
-        return len(self._open) + self._num_encoding
+        return len(self._open) + self._deferred.num_open
 
     def endpoints(self) -> list[Endpoint]:
         return [Endpoint("embeddings", EmbeddingsRequest, self.embeddings)]
 
     def embeddings(self, call: Call) -> None:
         """Endpoint `embeddings`: EmbeddingsRequest in, one Embedding for each input out, as they come."""
-        request: EmbeddingsRequest = call.request
-        try:
-            if self._closed:
-                raise _stopping()
-            embedding_inputs.check(request, self._models, self._max_model_len)
-            found = embedding_inputs.inputs(request, self._tokenizer.num_ids)
-            self._check_engines()
-            if sum(len(each) for each in found if isinstance(each, str)) < self._thread_chars:
-                self._begin(call, self._encoded(request, found))
-                return
-            if self._num_encoding >= MAX_WAITING:
-                message = f"{self._num_encoding} requests with long texts wait to be tokenized, as many as may"
-                raise StatorError(ErrorCode.OVERLOADED, message, retry_after_s=RETRY_AFTER_S)
-        except Exception as error:
-            self._fail(call, error)
-            return
-        self._num_encoding += 1
-        self._idle.clear()
-        # A caller that left while its texts waited costs nothing more.
-        waiting = asyncio.get_running_loop().run_in_executor(
-            self._thread, lambda: None if call.cancelled else self._encoded(request, found)
-        )
-        waiting.add_done_callback(lambda done: self._on_encoded(call, done))
+        guarded(call, lambda: self._embed(call))
 
     async def drain(self) -> None:
         """Wait until no call is open."""
+        await self._deferred.drain()
         await self._idle.wait()
 
     async def close(self) -> None:
         """Idempotent."""
         self._closed = True
         for inputs in list(self._open):
-            inputs.end(_stopping())
-        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+            inputs.end(stopping())
+        await self._deferred.close()
         await self._idle.wait()
+
+    def _embed(self, call: Call) -> None:
+        request: EmbeddingsRequest = call.request
+        if self._closed:
+            raise stopping()
+        embedding_inputs.check(request, self._models, self._max_model_len)
+        found = embedding_inputs.inputs(request, self._tokenizer.num_ids)
+        self._check_engines()
+        texts = embedding_inputs.texts(request, found)
+
+        def made(_: str, ids: Sequence[TokenBuffer]) -> None:
+            known = dict(zip(texts, ids, strict=True))
+            self._begin(
+                call,
+                embedding_inputs.encoded(
+                    request, found, lambda text, special: known[TextPrompt(text, special)], self._max_model_len
+                ),
+            )
+
+        if texts:
+            self._prompts.texts(call, texts, made, param="input")
+        else:
+            made("", [])
 
     def _check_engines(self) -> None:
         """Before work is done for nothing; what no engine is known to say, the engine says."""
         lacking = self._shared.instances.cannot_embed(self._models[0])
         if lacking is not None:
             raise cannot_embed(lacking)
-
-    def _encoded(self, request: EmbeddingsRequest, found: Sequence[str | list[int]]) -> list[TokenBuffer]:
-        def encode(text: str, special: bool) -> TokenBuffer:
-            try:
-                return self._tokenizer.encode(text, add_special_tokens=special)
-            except StatorError as error:
-                raise StatorError(error.code, error.message, param="input") from error
-
-        return embedding_inputs.encoded(request, found, encode, self._max_model_len)
-
-    def _on_encoded(self, call: Call, done: "asyncio.Future[list[TokenBuffer] | None]") -> None:
-        self._num_encoding -= 1
-        self._set_idle()
-        if call.cancelled:
-            return
-        error = _stopping() if self._closed or done.cancelled() else done.exception()
-        if error is not None:
-            self._fail(call, error)
-        else:
-            self._begin(call, done.result() or [])
 
     def _begin(self, call: Call, encoded: Sequence[TokenBuffer]) -> None:
         inputs = _Inputs(call, encoded, self._start, self._done)
@@ -165,18 +142,8 @@ class Embeddings:
 
     def _done(self, inputs: "_Inputs") -> None:
         self._open.pop(inputs, None)
-        self._set_idle()
-
-    def _set_idle(self) -> None:
-        if not self.num_open:
+        if not self._open:
             self._idle.set()
-
-    def _fail(self, call: Call, error: BaseException) -> None:
-        if isinstance(error, StatorError):
-            call.end(error)
-            return
-        logger.error("request %s failed in the processor", call.context.request_id, exc_info=error)
-        call.end(StatorError(ErrorCode.INTERNAL, "the processor failed; its log has the reason"))
 
 
 class _RoutedInput(Generation):
@@ -308,7 +275,3 @@ class _Inputs:
 
 def _nothing(_: Generation) -> None:
     pass
-
-
-def _stopping() -> StatorError:
-    return StatorError(ErrorCode.DRAINING, "this processor is stopping; send the request again")

@@ -1,13 +1,11 @@
 """The Processor: OpenAI requests in, text deltas out; tokens in between.
 
 Push style: an endpoint returns at once and everything after happens in callbacks. Only a long prompt leaves the event
-loop, to be tokenized on a thread.
+loop (`prompts`).
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -32,13 +30,16 @@ from stator.processor.answer_options import AnswerOptions, answer_options
 from stator.processor.booking import DEFAULT_ROUTER_WAIT_S, Bookings, RouterTarget
 from stator.processor.chat_template import ChatTemplate
 from stator.processor.choices import ChoiceCall, Choices
+from stator.processor.deferred import DeferredWork, guarded, stopping
 from stator.processor.details import Details, ShownPrompt
 from stator.processor.embeddings import Embeddings
 from stator.processor.feedback import RouteFeedback
 from stator.processor.generation import Generation, GenerationRequest, Shared
 from stator.processor.instances import DecodeInstances
 from stator.processor.output import OutputText
+from stator.processor.prompt_jobs import ChatPrompt, PromptMaker, TextPrompt
 from stator.processor.prompt_length import tell_length
+from stator.processor.prompts import PromptBounds, Prompts, prompt_pool
 from stator.processor.served_names import ServedNames
 from stator.processor.tokenization import Tokenization
 from stator.processor.tokenizer import ModelTokenizer
@@ -46,9 +47,8 @@ from stator.processor.validation import SamplingDefaults
 from stator.runtime.directory import InstanceDirectory
 from stator.transport.base import Call, Endpoint, TransportClient
 
-logger = logging.getLogger(__name__)
-
-RETRY_AFTER_S = 2.0
+MAX_WAITING = 64
+"""Long texts that may wait at `tokenize` and `embeddings`, each; more are refused."""
 
 _Then = Callable[[Call, Sequence[TokenBuffer]], None]
 
@@ -60,7 +60,10 @@ class ProcessorSettings:
     migration_wait_s: how long a request with half an answer waits for an instance to go on to when none is left.
     router_wait_s: how long a request waits for a router when there is none.
     thread_chars: prompts of that many characters and more are tokenized on a thread (about 2 ms of work).
-    max_encoding: prompts that may wait for that thread; more are refused.
+    pool_chars: prompts of that many are made by a process that is killed after prompt_timeout_s, as are those for which
+    a request hands arguments to the model's template. prompt_processes: how many such there may be, with a tokenizer
+    of their own each, which the first such prompt starts; 0 to do without.
+    max_encoding: prompts that may wait for the thread or a process; more are refused.
     tool_parser, reasoning_parser, model_type: as `AnswerForms` takes them.
     """
 
@@ -68,6 +71,9 @@ class ProcessorSettings:
     migration_wait_s: float = DEFAULT_WAIT_S
     router_wait_s: float = DEFAULT_ROUTER_WAIT_S
     thread_chars: int = 8192
+    pool_chars: int = 262_144
+    prompt_timeout_s: float = 10.0
+    prompt_processes: int = 1
     max_encoding: int = 512
     tool_parser: str | None = None
     reasoning_parser: str | None = None
@@ -123,12 +129,19 @@ class Processor:
             source, origin = tokenizer.chat_template
             self._chat_template = ChatTemplate(source, origin=origin, special_tokens=tokenizer.special_tokens)
         self._names = ServedNames(self._models, self._instances)
+        self._pool = prompt_pool(tokenizer.directory, self._settings.prompt_processes)
+        # Kinds of requests do not wait for each other's long texts.
+        self._encoding = DeferredWork("tokenize", max_waiting=self._settings.max_encoding, what="long prompts")
+        for_embeddings = DeferredWork("tokenize-embeddings", max_waiting=MAX_WAITING, what="requests with long texts")
+        for_tokenization = DeferredWork("tokenize-only", max_waiting=MAX_WAITING, what="long texts")
+        self._prompts = self._prompts_with(self._encoding)
         self._embeddings = Embeddings(
             models=self._models,
             tokenizer=tokenizer,
             max_model_len=max_model_len,
             shared=self._shared,
-            thread_chars=self._settings.thread_chars,
+            prompts=self._prompts_with(for_embeddings),
+            deferred=for_embeddings,
         )
         self._forms = AnswerForms(
             tokenizer,
@@ -139,23 +152,27 @@ class Processor:
         self._tokenization = Tokenization(
             models=self._names,
             tokenizer=tokenizer,
-            chat_template=self._chat_template,
+            has_chat_template=self._chat_template is not None,
             forms=self._forms,
             max_model_len=max_model_len,
-            thread_chars=self._settings.thread_chars,
+            prompts=self._prompts_with(for_tokenization),
+            deferred=for_tokenization,
         )
         self._new_call_id = new_call_id(rng.getrandbits)
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._open: dict[Generation, None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._num_encoding = 0
         self._closed = False
 
     @property
     def num_open(self) -> int:
         """Requests accepted and not ended."""
-        return len(self._open) + self._num_encoding + self._tokenization.num_open + self._embeddings.num_open
+        return len(self._open) + self._encoding.num_open + self._tokenization.num_open + self._embeddings.num_open
+
+    def _prompts_with(self, deferred: DeferredWork) -> Prompts:
+        settings = self._settings
+        bounds = PromptBounds(settings.thread_chars, settings.pool_chars, settings.prompt_timeout_s)
+        return Prompts(PromptMaker(self._tokenizer, self._chat_template), self._pool, bounds, deferred)
 
     def endpoints(self) -> list[Endpoint]:
         return [
@@ -168,15 +185,15 @@ class Processor:
 
     def chat(self, call: Call) -> None:
         """Endpoint `chat`: ChatCompletionRequest in, CompletionDelta out."""
-        self._guard(call, lambda: self._chat(call))
+        guarded(call, lambda: self._chat(call))
 
     def completions(self, call: Call) -> None:
         """Endpoint `completions`: CompletionRequest in, CompletionDelta out."""
-        self._guard(call, lambda: self._completions(call))
+        guarded(call, lambda: self._completions(call))
 
     def count_tokens(self, call: Call) -> None:
         """Endpoint `count_tokens`: as `chat`, but all that comes is one delta, whose usage has the prompt's length."""
-        self._guard(call, lambda: self._chat(call, then=tell_length))
+        guarded(call, lambda: self._chat(call, then=tell_length))
 
     def tokenize(self, call: Call) -> None:
         """Endpoint `tokenize`: TokenizeRequest in, one Tokenized out."""
@@ -192,6 +209,7 @@ class Processor:
 
     async def drain(self) -> None:
         """Wait until no request is open. The caller bounds the wait and first stops new ones."""
+        await self._encoding.drain()
         await self._idle.wait()
         await self._tokenization.drain()
         await self._embeddings.drain()
@@ -200,26 +218,18 @@ class Processor:
         """End every open request with DRAINING. Idempotent."""
         self._closed = True
         for generation in list(self._open):
-            generation.end(_stopping())
+            generation.end(stopping())
+        if self._pool is not None:
+            await self._pool.close()
         await self._embeddings.close()
         self._feedback.close()
         self._bookings.close()
         self._instances.close()
         await self._tokenization.close()
-        await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+        await self._encoding.close()
         await self._idle.wait()
 
     # From the call to its prompt
-
-    def _guard(self, call: Call, step: Callable[[], None]) -> None:
-        """The edge of a request: whatever goes wrong in a step ends the call."""
-        try:
-            step()
-        except StatorError as error:
-            call.end(error)
-        except Exception:
-            logger.exception("request %s failed in the processor", call.context.request_id)
-            call.end(StatorError(ErrorCode.INTERNAL, "the processor failed; its log has the reason"))
 
     def _chat(self, call: Call, then: _Then | None = None) -> None:
         request: ChatCompletionRequest = call.request
@@ -231,76 +241,42 @@ class Processor:
                 param="messages",
             )
         form = self._forms.of_chat(request)
-        if form is PLAIN_FORM:
-            text = self._chat_template.render(request.messages)
-        else:
-            text = self._chat_template.render(
-                request.messages, tools=form.tools.definitions, arguments=form.template_arguments
-            )
-        # The template wrote the special tokens; adding them again would double the first.
-        self._encode(call, request, form, [text], add_special_tokens=False, then=then)
+        chat = ChatPrompt(request.messages)
+        if form is not PLAIN_FORM:
+            chat = ChatPrompt(request.messages, list(form.tools.definitions), form.template_arguments)
+
+        def made(text: str, encoded: Sequence[TokenBuffer]) -> None:
+            if then is None:
+                self._generate(call, request, form, [text], encoded)
+            else:
+                then(call, encoded)
+
+        # The template writes the special tokens; adding them again would double the first.
+        self._prompts.chat(call, chat, made, add_special_tokens=False)
 
     def _completions(self, call: Call) -> None:
         request: CompletionRequest = call.request
         self._check(request)
         form = self._forms.of_completion(request)
         prompts = validation.prompts(request, self._tokenizer.num_ids)
-        self._encode(call, request, form, prompts, add_special_tokens=True)
+
+        def made(_: str, encoded: Sequence[TokenBuffer]) -> None:
+            self._generate(call, request, form, prompts, encoded)
+
+        texts = [TextPrompt(prompt, True) for prompt in prompts if isinstance(prompt, str)]
+        if texts:
+            self._prompts.texts(call, texts, made, param="prompt")
+        else:
+            made("", [pack(prompt) for prompt in prompts if not isinstance(prompt, str)])
 
     def _check(self, request: validation.Request) -> None:
         if self._closed:
-            raise _stopping()
+            raise stopping()
         validation.check_model(request, self._names)
         validation.check_supported(request)
         validation.check_ranges(request)
         validation.stop_strings(request)
         validation.stop_token_ids(request, self._tokenizer.num_ids)
-
-    def _encode(
-        self,
-        call: Call,
-        request: validation.Request,
-        form: AnswerForm,
-        prompts: Sequence[str | list[int]],
-        *,
-        add_special_tokens: bool,
-        then: _Then | None = None,
-    ) -> None:
-        """then: what is done with the encoded prompts, in place of answering them."""
-
-        def go_on(encoded: Sequence[TokenBuffer]) -> None:
-            if then is None:
-                self._generate(call, request, form, prompts, encoded)
-            else:
-                then(call, encoded)
-
-        def encode() -> list[TokenBuffer]:
-            return [
-                pack(prompt)
-                if isinstance(prompt, list)
-                else self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-                for prompt in prompts
-            ]
-
-        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) < self._settings.thread_chars:
-            go_on(encode())
-            return
-
-        if self._num_encoding >= self._settings.max_encoding:
-            message = f"{self._num_encoding} long prompts wait to be tokenized, as many as may; try again later"
-            raise StatorError(ErrorCode.OVERLOADED, message, retry_after_s=RETRY_AFTER_S)
-
-        def encoded(future: "asyncio.Future[list[TokenBuffer]]") -> None:
-            self._num_encoding -= 1
-            if not call.cancelled:
-                result = _stopping() if self._closed or future.cancelled() else future.exception()
-                made = result or future.result()
-                self._guard(call, lambda: go_on(_or_raise(made)))
-            self._set_idle()
-
-        self._num_encoding += 1
-        self._idle.clear()
-        asyncio.get_running_loop().run_in_executor(self._threads, encode).add_done_callback(encoded)
 
     # From the prompts to the stream
 
@@ -423,18 +399,5 @@ class Processor:
 
     def _done(self, generation: Generation) -> None:
         self._open.pop(generation, None)
-        self._set_idle()
-
-    def _set_idle(self) -> None:
-        if not self._open and not self._num_encoding:
+        if not self._open:
             self._idle.set()
-
-
-def _or_raise(encoded: list[TokenBuffer] | BaseException) -> list[TokenBuffer]:
-    if isinstance(encoded, BaseException):
-        raise encoded
-    return encoded
-
-
-def _stopping() -> StatorError:
-    return StatorError(ErrorCode.DRAINING, "this processor is stopping; send the request again")

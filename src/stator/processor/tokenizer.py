@@ -30,7 +30,7 @@ _NO_IDS: frozenset[int] = frozenset()
 class ModelTokenizer:
     """special_tokens: role to text for chat templates. special_token_ids: text to id, of all. eos_ids: ids that end an
     output. num_ids: one above the highest id. chat_template: source and the file it is from, None for a model without
-    one."""
+    one. directory: that it is from, if it is from one."""
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class ModelTokenizer:
         special_tokens: dict[str, str],
         eos_ids: tuple[int, ...] = (),
         chat_template: tuple[str, str] | None = None,
+        directory: Path | None = None,
     ) -> None:
         # A tokenizer file may carry the settings of its training run; a server must not cut or fill prompts.
         tokenizer.no_truncation()
@@ -46,6 +47,7 @@ class ModelTokenizer:
         self._tokenizer = tokenizer
         self.special_tokens = special_tokens
         self.chat_template = chat_template
+        self.directory = directory
         self.num_ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         added = tokenizer.get_added_tokens_decoder()
         self.special_token_ids = {token.content: id for id, token in added.items() if token.special}
@@ -78,6 +80,7 @@ class ModelTokenizer:
             special_tokens=model_files.read_special_tokens(model_dir),
             eos_ids=model_files.read_eos_ids(model_dir),
             chat_template=None if template is None else (template[0], str(template[1])),
+            directory=model_dir,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenBuffer:

@@ -1,8 +1,10 @@
 """A Processor on the real in-process carrier, with a router and workers that follow a script."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -220,13 +222,18 @@ class Harness:
 
 @asynccontextmanager
 async def harness(
-    workers: list[str] | None = None, *, template: str = fixtures.CHATML, **options: Any
+    workers: list[str] | None = None, *, template: str = fixtures.CHATML, model_dir: Path | None = None, **options: Any
 ) -> AsyncIterator[Harness]:
-    tokenizer = ModelTokenizer(
-        fixtures.byte_level(),
-        special_tokens={"bos_token": "<s>", "eos_token": "<|im_end|>"},
-        chat_template=(template, "test"),
-    )
+    """model_dir: an empty directory for the model's files, which processes of their own can load then."""
+    special_tokens = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+    if model_dir is None:
+        tokenizer = ModelTokenizer(
+            fixtures.byte_level(), special_tokens=special_tokens, chat_template=(template, "test")
+        )
+    else:
+        fixtures.byte_level().save(str(model_dir / "tokenizer.json"))
+        (model_dir / "tokenizer_config.json").write_text(json.dumps({**special_tokens, "chat_template": template}))
+        tokenizer = ModelTokenizer.load(model_dir)
     made = Harness(tokenizer, workers or ["w1"], **options)
     for server in made.servers:
         await server.start()

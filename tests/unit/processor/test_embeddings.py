@@ -11,7 +11,7 @@ from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId, RequestId
 from stator.messages.embeddings import Embedding, EmbeddingsRequest, EmbedRequest
 from stator.messages.tokens import num_tokens, unpack
-from stator.processor import embeddings
+from stator.processor import embeddings, processor
 from stator.runtime.context import CallContext
 from stator.transport import calls
 from stator.transport.base import Call, Endpoint, Target
@@ -200,7 +200,7 @@ def test_a_processor_that_stops_tells_those_who_wait() -> None:
 
 
 def test_a_flood_of_long_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "MAX_WAITING", 1)
+    monkeypatch.setattr(processor, "MAX_WAITING", 1)
 
     async def test(case: Case) -> None:
         gate, encode = threading.Event(), case.harness.tokenizer.encode

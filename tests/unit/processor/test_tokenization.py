@@ -13,7 +13,7 @@ from stator.messages.openai import ChatMessage, TextPart
 from stator.messages.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from stator.messages.tokens import unpack
 from stator.messages.tools import FunctionDefinition, Tool
-from stator.processor import tokenization
+from stator.processor import processor, tokenization
 from stator.runtime.context import CallContext
 from stator.transport import calls
 from stator.transport.base import Target
@@ -162,7 +162,7 @@ def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_flood_of_long_texts_is_refused_and_generates_no_work_for_those_who_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tokenization, "MAX_WAITING", 2)
+    monkeypatch.setattr(processor, "MAX_WAITING", 2)
 
     async def test(case: Harness) -> None:
         gate, encoded = threading.Event(), []
