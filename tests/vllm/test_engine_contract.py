@@ -35,6 +35,7 @@ class TestVllmEngine(EngineContract, EngineGrammarContract):
     last_block_again = True
     score_tolerance = 1e-3
     own_grammar = 'root ::= "yes" | "no"'
+    bombs_go_off = True
 
     def make_engine(self, settings: EngineSettings) -> Engine:
         section = {

@@ -13,6 +13,9 @@ MAX_SCHEMA_DEPTH = 32
 """Of JSON in JSON: a property of an object's property is four levels down."""
 MAX_SCHEMA_NODES = 8192
 MAX_PATTERN_CHARS = 2048
+MAX_COUNT = 100_000
+"""Of items, or properties, that a schema may ask for or allow: grammar libraries write out one after the other."""
+_COUNTS = ("minItems", "maxItems", "minContains", "maxContains", "minProperties", "maxProperties")
 _PATH_KEY = re.compile(r"[\w$\-]{1,64}")
 
 
@@ -45,6 +48,10 @@ def _check_keywords(schema: Mapping[str, Any], path: str) -> None:
     pattern = schema.get("pattern")
     if isinstance(pattern, str) and len(pattern) > MAX_PATTERN_CHARS:
         raise invalid(f"{path}.pattern", f"{path}.pattern: a pattern may have {MAX_PATTERN_CHARS} characters")
+    for name in _COUNTS:
+        count = schema.get(name)
+        if isinstance(count, int | float) and count > MAX_COUNT:
+            raise invalid(f"{path}.{name}", f"{path}.{name} is {count}; at most {MAX_COUNT} are taken")
 
 
 def _spelled(key: str) -> str:

@@ -1,13 +1,17 @@
-"""Requests that wait for their grammar, which is compiled on a thread of its own: a step under way need not wait."""
+"""Requests that wait for their grammar: it is tried in a process that can be killed (`GrammarGate`), and then compiled
+on a thread of its own, so that a step under way need not wait.
+"""
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from stator.engines.grammar_gate import GrammarGate
 from stator.engines.local.grammar import GrammarCompiler, TokenGrammar
 from stator.errors import ErrorCode, StatorError
 from stator.ids import RequestId
 from stator.messages.engine import EngineRequest
+from stator.runtime.tasks import TaskOwner
 from stator.transport.base import Sink
 
 MAX_WAITING = 256
@@ -26,6 +30,8 @@ class Compiling:
         self._add = add
         self._fail = fail
         self._thread: ThreadPoolExecutor | None = None
+        self._gate = None if compiler is None else GrammarGate(compiler.path)
+        self._tasks = TaskOwner("grammars")
         self._waiting: dict[RequestId, Sink] = {}
 
     def __contains__(self, request_id: RequestId) -> bool:
@@ -33,28 +39,39 @@ class Compiling:
 
     def begin(self, request: EngineRequest, sink: Sink) -> None:
         """Raises StatorError(OVERLOADED) if too many wait already."""
-        grammar, compiler = request.sampling.grammar, self._compiler
-        assert grammar is not None and compiler is not None, "an engine without grammars refuses them"
         if len(self._waiting) >= MAX_WAITING:
             raise StatorError(ErrorCode.OVERLOADED, f"{MAX_WAITING} requests wait for their grammar already")
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="stator-grammar")
         self._waiting[request.request_id] = sink
-        compiled = asyncio.get_running_loop().run_in_executor(self._thread, compiler.compile, grammar)
+        compiled = self._tasks.spawn(self._compile(request, self._thread), f"grammar of {request.request_id}")
         compiled.add_done_callback(lambda done: self._compiled(request, sink, done))
 
-    def _compiled(self, request: EngineRequest, sink: Sink, done: "asyncio.Future[TokenGrammar]") -> None:
+    async def _compile(self, request: EngineRequest, thread: ThreadPoolExecutor) -> TokenGrammar | StatorError:
+        grammar, compiler, gate = request.sampling.grammar, self._compiler, self._gate
+        assert grammar is not None and compiler is not None and gate is not None, "without grammars it is refused"
+        try:
+            if compiler.path.is_file():
+                await gate.check(grammar)
+            return await asyncio.get_running_loop().run_in_executor(thread, compiler.compile, grammar)
+        except StatorError as error:
+            return error
+        except Exception:
+            # Whatever a grammar makes the library do, it is this request's fault alone.
+            return StatorError(ErrorCode.INVALID_REQUEST, "the form of the answer could not be compiled")
+
+    def _compiled(self, request: EngineRequest, sink: Sink, done: "asyncio.Task[TokenGrammar | StatorError]") -> None:
         if self._waiting.get(request.request_id) is not sink:
             return
         del self._waiting[request.request_id]
-        error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        if error is None:
-            self._add(request, sink, done.result())
-        elif isinstance(error, StatorError):
-            self._fail(sink, error)
+        if done.cancelled():
+            self._fail(sink, StatorError(ErrorCode.ENGINE_DEAD, "the engine was stopped"))
+            return
+        made = done.result()
+        if isinstance(made, StatorError):
+            self._fail(sink, made)
         else:
-            # Whatever a grammar makes the library do, it is this request's fault alone.
-            self._fail(sink, StatorError(ErrorCode.INVALID_REQUEST, "the form of the answer could not be compiled"))
+            self._add(request, sink, made)
 
     def cancel(self, request_id: RequestId) -> Sink | None:
         """The sink of a request that waits no more; the caller ends it."""
@@ -66,6 +83,9 @@ class Compiling:
         return sinks
 
     async def close(self) -> None:
+        await self._tasks.close()
+        if self._gate is not None:
+            await self._gate.close()
         thread, self._thread = self._thread, None
         if thread is not None:
             await asyncio.to_thread(thread.shutdown, wait=True, cancel_futures=True)

@@ -76,17 +76,24 @@ class TokenGrammar:
 
 
 class GrammarCompiler:
-    """tokenizer: tokenizer.json's path. Loads it at the first grammar; for one thread at a time."""
+    """tokenizer: tokenizer.json's path. Loads it at the first grammar; for one thread at a time. vocab_size: of the
+    model, None for the tokenizer's own."""
 
-    def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        self._path = tokenizer
+    def __init__(self, tokenizer: Path, vocab_size: int | None, eos_token_ids: frozenset[int]) -> None:
+        self.path = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._loaded: tuple[llguidance.LLTokenizer, dict[str, int]] | None = None
 
     def compile(self, grammar: Grammar) -> TokenGrammar:
         """Raises StatorError(INVALID_REQUEST), with what the backend says of it; UNSUPPORTED without a tokenizer."""
-        tokenizer, special_tokens = self._loaded or self._load()
+        matcher = self.matcher(grammar)
+        vocab_size = self._vocab_size or self.load()[0].vocab_size
+        return TokenGrammar(matcher, vocab_size, self._eos_token_ids)
+
+    def matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
+        """As `compile`."""
+        tokenizer, special_tokens = self.load()
         text = grammar.text if isinstance(grammar, OwnGrammar) else to_lark(grammar, special_tokens)
         matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=_limits())
         if matcher.is_error():
@@ -95,19 +102,22 @@ class GrammarCompiler:
                 f"the form of the answer that was asked for cannot be used: {_first_line(matcher.get_error())}",
                 param="grammar",
             )
-        return TokenGrammar(matcher, self._vocab_size, self._eos_token_ids)
+        return matcher
 
-    def _load(self) -> tuple[llguidance.LLTokenizer, dict[str, int]]:
-        if not self._path.is_file():
+    def load(self) -> tuple[llguidance.LLTokenizer, dict[str, int]]:
+        """The tokenizer, and its special tokens by their texts. Raises StatorError(UNSUPPORTED) if there is none."""
+        if self._loaded is not None:
+            return self._loaded
+        if not self.path.is_file():
             raise StatorError(
                 ErrorCode.UNSUPPORTED,
-                f"grammars need the model's fast tokenizer, and {self._path.name} is not beside it",
+                f"grammars need the model's fast tokenizer, and {self.path.name} is not beside it",
                 param="grammar",
             )
-        added = msgspec.json.decode(self._path.read_bytes(), type=_TokenizerFile).added_tokens
+        added = msgspec.json.decode(self.path.read_bytes(), type=_TokenizerFile).added_tokens
         special_tokens = {token.content: token.id for token in added if token.special}
         ends = sorted(self._eos_token_ids) or None
-        tokenizer = llguidance.LLTokenizer(str(self._path), n_vocab=self._vocab_size, eos_token=ends)
+        tokenizer = llguidance.LLTokenizer(str(self.path), n_vocab=self._vocab_size, eos_token=ends)
         self._loaded = (tokenizer, special_tokens)
         return self._loaded
 

@@ -29,6 +29,7 @@ from stator.core.sequence_limits import (
     validate_embedding,
 )
 from stator.engines.base import EngineHost, KvListener, NodePlace
+from stator.engines.grammar_gate import GrammarGate
 from stator.engines.lora import not_loaded
 from stator.engines.sinks import end_sink, push_last
 from stator.engines.vllm import args as vllm_args
@@ -112,6 +113,7 @@ class VllmEngine:
         self._supported: frozenset[str] = frozenset()
         self._suspects: frozenset[_Stream] | None = None
         self._loras = VllmAdapters(settings)
+        self._gate: GrammarGate | None = None
 
     async def start(self, host: EngineHost) -> EngineInfo:
         await asyncio.to_thread(self._loras.read_modules)
@@ -168,6 +170,9 @@ class VllmEngine:
         if settings.lora_modules:
             added["enable_lora"] = True
         model = await resolve_async(settings.model, settings.revision, needs=Needs.VLLM)
+        tokenizer = model.directory / "tokenizer.json"
+        if tokenizer.is_file():
+            self._gate = GrammarGate(tokenizer)
         if model.revision:
             added |= {"revision": model.revision, "tokenizer_revision": model.revision}
         environment = dict(plan.environment)
@@ -339,6 +344,9 @@ class VllmEngine:
         node, self._further_node = self._further_node, None
         if node is not None:
             await node.shut_down()
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            await gate.close()
         if self._feed is not None:
             await self._feed.close()
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
@@ -377,8 +385,11 @@ class VllmEngine:
             return stream.pooling
         if stream.transfer_id is not None:
             return prefill_arguments(handover.prefill_params(self._plan.name, stream.transfer_id))
-        llm = self._llm
-        special_tokens = {} if llm is None or stream.request.sampling.grammar is None else llm.special_tokens
+        llm, grammar = self._llm, stream.request.sampling.grammar
+        if grammar is not None and self._gate is not None:
+            # vLLM compiles in this process too, to see whether it can: with llguidance, what xgrammar does not take.
+            await self._gate.check(grammar)
+        special_tokens = {} if llm is None or grammar is None else llm.special_tokens
         arguments = sampling_arguments(stream.request, special_tokens)
         if stream.transfer is not None:
             params = dict(stream.transfer.params)

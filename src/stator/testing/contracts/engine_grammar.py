@@ -1,5 +1,6 @@
 """Of the engine contract: outputs of a form that was asked for. On engines of a model with a tokenizer."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from stator.messages.grammar import Choice, Grammar, Json, Literal, OwnGrammar, 
 from stator.messages.tokens import pack
 from stator.processor.tokenizer import ModelTokenizer
 from stator.testing.contracts.engine_suite import EngineSettings, EngineSuite, make_request
-from stator.testing.engine_bench import BenchEngine, RecordingSink
+from stator.testing.engine_bench import WAIT_S, BenchEngine, RecordingSink
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -38,6 +39,14 @@ class EngineGrammarContract(EngineSuite):
         Regex("(a"),
         OwnGrammar("start: %%"),
     )
+
+    bombs: tuple[Grammar, ...] = (
+        # Of xgrammar too many for one item, so that vLLM asks llguidance: which writes each out, and ends its process.
+        Json({"type": "array", "prefixItems": [{"type": "string"}], "minItems": 1_000_000_000}),
+        OwnGrammar('start: %json {"type": "array", "minItems": 1000000000}'),
+    )
+    """Whose compilation ends the process that it happens in, with llguidance 1.7; 1.9 takes them as they come."""
+    bombs_go_off = False
 
     def _request(self, name: str, grammar: Grammar, **fields: Any) -> EngineRequest:
         wanted: dict[str, Any] = {"grammar": grammar, "ignore_eos": False, "max_tokens": 100, **fields}
@@ -115,6 +124,24 @@ class EngineGrammarContract(EngineSuite):
             for number, grammar in enumerate(self.bad_grammars):
                 error = await one.generate(self._request(f"bad{number}", grammar)).wait_error()
                 assert error.code is ErrorCode.INVALID_REQUEST, (grammar, error)
+            assert len((await other.wait()).token_ids) == 12
+            assert (await one.generate(self._request("good", Json(PERSON))).wait()).token_ids
+
+        self.run(scenario)
+
+    def test_one_that_ends_the_process_which_compiles_it_does_not_end_the_engine(self) -> None:
+        async def scenario(one: BenchEngine, two: BenchEngine) -> None:
+            other = one.generate(make_request("other", self.prompt(9)))
+            for number, grammar in enumerate(self.bombs):
+                for again in range(2):
+                    sink = one.generate(self._request(f"bomb{number}-{again}", grammar, max_tokens=20))
+                    await asyncio.wait_for(sink.ended.wait(), WAIT_S)
+                    error = sink.error
+                    if self.bombs_go_off or error is not None:
+                        assert error is not None and error.code is ErrorCode.INVALID_REQUEST, (grammar, error)
+                        assert error.param == "grammar" and "memory" in error.message
+                    else:
+                        assert len(sink.token_ids) == 20
             assert len((await other.wait()).token_ids) == 12
             assert (await one.generate(self._request("good", Json(PERSON))).wait()).token_ids
 
