@@ -1,5 +1,7 @@
 """Vercel's AI SDK, with both of its providers that take an address, and both APIs of OpenAI's."""
 
+import json
+
 import pytest
 
 from clients.programs import Deployment, Result, RunClient, assert_are_near, assert_is_mood, run_uses
@@ -40,6 +42,7 @@ def test_it_calls_tools(ai_sdk: Result, provider: str) -> None:
     assert found["results"] == [f"The {call['input']['at']} is bright."]
     streamed = ai_sdk[f"{provider}_tool_streamed"]
     assert [call["input"].keys() for call in streamed["calls"]] == [{"at"}]
+    assert json.loads(streamed["deltas"]) == streamed["calls"][0]["input"]
     assert {"tool-input-start", "tool-input-delta", "tool-input-end", "tool-call", "tool-result"} <= {
         *streamed["kinds"]
     }

@@ -74,6 +74,7 @@ def test_it_gets_a_response(litellm: Result, deployment: Deployment, use: str) -
     if "streamed" in use:
         assert found["deltas"] == {"response.output_text.delta": text}
         assert found["types"][:2] == ["response.created", "response.in_progress"]
+        assert found["types"][-1] == "response.incomplete" and found["types"].count("response.output_text.delta") > 1
         assert litellm["response_streamed_without_threads"] == text
 
 

@@ -83,9 +83,13 @@ for (const [provider, choose] of Object.entries(providers)) {
   as("tool_streamed", async () => {
     const result = streamText({ ...plain, tools: { look }, toolChoice: { type: "tool", toolName: "look" } });
     const kinds = [];
-    for await (const { type } of result.fullStream) kinds.push(type);
+    let deltas = "";
+    for await (const part of result.fullStream) {
+      kinds.push(part.type);
+      if (part.type === "tool-input-delta") deltas += part.delta;
+    }
     const calls = await result.toolCalls;
-    return { kinds: [...new Set(kinds)], calls: calls.map(({ toolName, input }) => ({ toolName, input })) };
+    return { kinds: [...new Set(kinds)], deltas, calls: calls.map(({ toolName, input }) => ({ toolName, input })) };
   });
 
   as("steps", async () => {
