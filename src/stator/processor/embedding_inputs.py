@@ -84,10 +84,12 @@ def encoded(
         if not count:
             raise _invalid("input", f"{where} has no tokens")
         if count > max_model_len:
-            raise _invalid(
-                "input",
-                f"This model's context is {max_model_len} tokens; {where} has {count}. Shorten it, or use "
-                "truncate_prompt_tokens.",
+            # LiteLLM knows this failure by these first words; see validation.py.
+            raise StatorError(
+                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                f"This model's maximum context length is {max_model_len} tokens; {where} has {count}. Shorten it, or "
+                "use truncate_prompt_tokens.",
+                param="input",
             )
         left -= count
         if left < 0:

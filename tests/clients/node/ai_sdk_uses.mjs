@@ -2,12 +2,12 @@
 
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, generateObject, generateText, isStepCount, Output, streamObject, streamText, tool } from "ai";
+import { APICallError, embed, embedMany, generateObject, generateText, isStepCount, Output, streamObject, streamText, tool } from "ai";
 import { z } from "zod";
 
 import { runAll, use } from "./uses.mjs";
 
-const [baseURL, name, question] = process.argv.slice(2);
+const [baseURL, name, question, andThen, listOfTexts] = process.argv.slice(2);
 globalThis.AI_SDK_LOG_WARNINGS = false;
 
 const compatible = createOpenAICompatible({
@@ -17,9 +17,11 @@ const compatible = createOpenAICompatible({
   includeUsage: true,
   supportsStructuredOutputs: true,
 });
+const openai = createOpenAI({ baseURL, apiKey: "none" });
 const providers = {
   compatible: (id) => compatible(id),
-  openai: (id) => createOpenAI({ baseURL, apiKey: "none" }).chat(id),
+  openai: (id) => openai.chat(id),
+  responses: (id) => openai.responses(id),
 };
 
 const schema = z.object({ mood: z.enum(["calm", "cross"]), age: z.number().int().min(0).max(99) });
@@ -81,9 +83,13 @@ for (const [provider, choose] of Object.entries(providers)) {
   as("tool_streamed", async () => {
     const result = streamText({ ...plain, tools: { look }, toolChoice: { type: "tool", toolName: "look" } });
     const kinds = [];
-    for await (const { type } of result.fullStream) kinds.push(type);
+    let deltas = "";
+    for await (const part of result.fullStream) {
+      kinds.push(part.type);
+      if (part.type === "tool-input-delta") deltas += part.delta;
+    }
     const calls = await result.toolCalls;
-    return { kinds: [...new Set(kinds)], calls: calls.map(({ toolName, input }) => ({ toolName, input })) };
+    return { kinds: [...new Set(kinds)], deltas, calls: calls.map(({ toolName, input }) => ({ toolName, input })) };
   });
 
   as("steps", async () => {
@@ -106,6 +112,50 @@ for (const [provider, choose] of Object.entries(providers)) {
     return {
       model: await refused({ model: choose("another") }),
       too_long: await refused({ prompt: "fox ".repeat(3000) }),
+    };
+  });
+}
+
+/* What only responses have: they are kept. */
+const kept = { model: openai.responses(name), temperature: 0, maxOutputTokens: 12, maxRetries: 0 };
+
+use("goes_on_by_id", async () => {
+  const first = await generateText({ ...kept, prompt: question });
+  const { responseId } = first.providerMetadata.openai;
+  const goesOn = { openai: { previousResponseId: responseId } };
+  const second = await generateText({ ...kept, prompt: andThen, providerOptions: goesOn });
+  return { texts: [first.text, second.text], id: responseId };
+});
+
+/* The first answer goes back as a reference to its item, or as its text. */
+for (const store of [true, false]) {
+  use(store ? "goes_on_by_reference" : "goes_on_by_text", async () => {
+    const providerOptions = { openai: { store } };
+    const messages = [{ role: "user", content: question }];
+    const first = await generateText({ ...kept, messages, providerOptions });
+    messages.push(...first.response.messages, { role: "user", content: andThen });
+    const second = await generateText({ ...kept, messages, providerOptions, include: { requestBody: true } });
+    return { texts: [first.text, second.text], sent: second.request.body.input.map(({ type, role }) => type ?? role) };
+  });
+}
+
+const texts = JSON.parse(listOfTexts);
+for (const [provider, model] of [["compatible", compatible.embeddingModel(name)], ["openai", openai.embedding(name)]]) {
+  use(`${provider}_embedded`, async () => {
+    const { embeddings, usage } = await embedMany({ model, values: texts, maxRetries: 0 });
+    const single = await embed({ model, value: texts[0], maxRetries: 0 });
+    return { vectors: embeddings, tokens: usage.tokens, single: single.embedding };
+  });
+
+  use(`${provider}_embedding_refusals`, async () => {
+    const refused = (settings) =>
+      embedMany({ model, values: texts, maxRetries: 0, ...settings }).then(
+        () => null,
+        (error) => ({ api: APICallError.isInstance(error), status: error.statusCode, message: error.message }),
+      );
+    return {
+      too_long: await refused({ values: ["fox ".repeat(3000)] }),
+      dimensions: await refused({ providerOptions: { [provider === "openai" ? "openai" : "stator"]: { dimensions: 8 } } }),
     };
   });
 }

@@ -73,7 +73,7 @@ def test_ids_that_the_special_tokens_changed_are_cut_as_they_are():
         ([1, "a"], {}, "input", ErrorCode.INVALID_REQUEST),
         ([200], {}, "input", ErrorCode.INVALID_REQUEST),
         (["a"] * (MAX_INPUTS + 1), {}, "input", ErrorCode.INVALID_REQUEST),
-        ("abcdefg", {}, "input", ErrorCode.INVALID_REQUEST),
+        ("abcdefg", {}, "input", ErrorCode.CONTEXT_LENGTH_EXCEEDED),
         ("a", {"dimensions": 0}, "dimensions", ErrorCode.INVALID_REQUEST),
         ("a", {"priority": 2**40}, "priority", ErrorCode.INVALID_REQUEST),
         ("a", {"cache_salt": ""}, "cache_salt", ErrorCode.INVALID_REQUEST),
@@ -89,6 +89,12 @@ def test_ids_that_the_special_tokens_changed_are_cut_as_they_are():
 def test_what_is_wrong_is_named(given: Any, fields: dict[str, Any], param: str, code: ErrorCode):
     error = refusal(given, **fields)
     assert (error.param, error.code) == (param, code)
+
+
+def test_what_is_too_long_is_told_in_the_words_that_clients_know():
+    said = f"This model's maximum context length is {CONTEXT} tokens; "
+    assert refusal("abcdefg").message.startswith(f"{said}input has 9.")
+    assert refusal([[1], [1] * 10]).message.startswith(f"{said}input[1] has 10.")
 
 
 def test_what_asks_for_nothing_passes():
