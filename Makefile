@@ -5,6 +5,7 @@ ENGINE ?= local
 SEEDS ?= 200
 FIRST ?= 1
 JOBS ?= 2
+EXAMPLES ?= 1000
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { command -v $$p; break; }; done)
@@ -26,7 +27,7 @@ NO_PYTHON := Stator needs Python 3.11 or newer, and none was found. Install it, 
 	make PYTHON=/path/to/python3.11
 NO_VENV := making a virtual environment failed; on Debian and Ubuntu: apt install python3-venv
 
-.PHONY: demo install test sim chaos test-chaos check lint test-oracle install-vllm test-vllm install-clients test-clients bench-quick reference
+.PHONY: demo install test sim explore chaos test-chaos check lint test-oracle install-vllm test-vllm install-clients test-clients bench-quick reference
 
 # ENGINE=vllm: real vLLM on CPUs, which is installed for this user first (WHEELS, TORCH_INDEX: see install-vllm).
 # ENGINE=sim: no model, the step times of large GPUs.
@@ -46,6 +47,10 @@ test: $(VENV)/.test
 # restricts the faults. A failing seed is printed with the command that shows its course line by line.
 sim: $(VENV)/.test
 	@$(BIN)/python -m stator.testing.sim --first $(FIRST) --seeds $(SEEDS) --jobs $(JOBS) $(if $(KINDS),--kinds $(KINDS))
+
+# The property tests with other examples than `test` has, more of them, and new ones each time.
+explore: $(VENV)/.test
+	STATOR_EXAMPLES=$(EXAMPLES) $(PYTEST) -n 2 --dist worksteal $$(grep -rl 'from hypothesis import' tests/unit --include 'test_*.py')
 
 # Breaks real processes on hosts that are network namespaces, with a hub and with etcd and NATS, and prints a row for each
 # scene. SCENES='4 killed' plays those with this number or this word in their name, PLANE=embedded or external one plane,
