@@ -19,7 +19,7 @@ PLENTY = 60.0
 
 @contextlib.asynccontextmanager
 async def pool(*arguments: str, **options: Any) -> AsyncIterator[KillablePool]:
-    made = KillablePool((*WORKER, *arguments), **options)
+    made = KillablePool("the test process", (*WORKER, *arguments), **options)
     try:
         async with asyncio.timeout(PLENTY):
             yield made
@@ -54,7 +54,7 @@ def test_jobs_are_answered_by_one_process_in_turn() -> None:
     asyncio.run(run())
 
 
-def test_a_job_that_does_not_end_is_killed_and_the_next_gets_a_new_process() -> None:
+def test_a_job_that_does_not_end_is_killed_and_the_next_gets_a_new_process(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         async with pool() as made:
             before = await pid_of(made)
@@ -66,6 +66,7 @@ def test_a_job_that_does_not_end_is_killed_and_the_next_gets_a_new_process() -> 
             assert not is_alive(before)
 
     asyncio.run(run())
+    assert "the test process: a job of 4 bytes was killed after 0.2 seconds" in caplog.text
 
 
 def test_a_process_that_ends_fails_its_job_alone() -> None:
@@ -96,13 +97,16 @@ def test_an_exception_is_told_by_its_type_and_keeps_the_process() -> None:
     asyncio.run(run())
 
 
-def test_what_is_printed_is_no_answer() -> None:
+def test_what_is_printed_is_no_answer_and_in_no_log(capfd: pytest.CaptureFixture[str]) -> None:
     async def run() -> None:
         async with pool() as made:
             assert await made.submit(b"print", PLENTY) == b""
             assert await made.submit(b"echo a", PLENTY) == b"a"
+            with pytest.raises(JobKilled, match="status 1"):
+                await made.submit(b"end a secret", PLENTY)
 
     asyncio.run(run())
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
@@ -164,7 +168,7 @@ def test_a_process_that_does_not_start_is_told_and_tried_again(caplog: pytest.Lo
             for _ in range(2):
                 with pytest.raises(PoolUnavailable, match="status 3"):
                     await made.submit(b"echo a", PLENTY)
-        missing = KillablePool(("/no/such/program",))
+        missing = KillablePool("the missing one", ("/no/such/program",))
         with pytest.raises(PoolUnavailable):
             await missing.submit(b"", PLENTY)
         await missing.close()
@@ -186,7 +190,7 @@ import asyncio, sys
 sys.path[:0] = {path!r}
 from stator.runtime.killable import KillablePool
 async def main():
-    pool = KillablePool({command!r})
+    pool = KillablePool("the process", {command!r})
     print((await pool.submit(b"pid", 60)).decode(), flush=True)
     await pool.submit(b"loop", 60)
 asyncio.run(main())

@@ -34,7 +34,7 @@ class GrammarGate:
     def __init__(self, tokenizer: Path, *, timeout_s: float = TIMEOUT_S, pool: KillablePool | None = None) -> None:
         self._timeout_s = timeout_s
         command = (sys.executable, "-m", "stator.engines.grammar_child", str(tokenizer))
-        self._pool = pool or KillablePool(command, max_bytes=MAX_BYTES)
+        self._pool = pool or KillablePool("the process for grammars", command, max_bytes=MAX_BYTES)
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._waiting: dict[bytes, asyncio.Future[bytes]] = {}
         self._told = False

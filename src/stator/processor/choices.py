@@ -6,66 +6,30 @@ choice fails of ends the request. Usage counts each prompt once, and what was ca
 found.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from stator.errors import ErrorCode, StatorError
-from stator.ids import RequestId
+from stator.errors import StatorError
 from stator.messages.openai import PromptTokensDetails, Usage
 from stator.messages.processor import CompletionDelta, PromptDetails
-from stator.runtime.context import CallContext
+from stator.processor.deferred import guarded
+from stator.processor.part_call import PartCall
 from stator.transport.base import Call
-
-logger = logging.getLogger(__name__)
 
 Start = Callable[["ChoiceCall"], None]
 """Begins to answer one choice. May raise StatorError."""
 
 
-class ChoiceCall:
-    """A choice's end of the request's call; what `Generation` needs of a Call. index: among all choices."""
+class ChoiceCall(PartCall):
+    """usage: the last that was told of it."""
 
-    __slots__ = ("_choices", "_on_cancel", "cancelled", "context", "ended", "index", "request", "usage")
+    __slots__ = ("usage",)
 
-    def __init__(self, choices: "Choices", index: int, call: Call) -> None:
-        outer = call.context
-        request_id = RequestId(f"{outer.request_id}.{index}")
-        self.context = CallContext(request_id, outer.deadline, outer.headers, watched=True)
-        self.request = call.request
-        self.index = index
+    def __init__(self, call: Call, index: int, choices: "Choices") -> None:
+        super().__init__(call, index, choices.on_items, choices.on_end)
         self.usage: Usage | None = None
-        self.cancelled = False
-        self.ended = False
-        self._choices = choices
-        self._on_cancel: Callable[[], None] | None = None
-
-    def on_cancel(self, callback: Callable[[], None], /) -> None:
-        if self.cancelled:
-            callback()
-        else:
-            self._on_cancel = callback
-
-    def items(self, items: Sequence[CompletionDelta], /) -> None:
-        self._choices.on_items(self, items)
-
-    def end(self, error: StatorError | None = None, /) -> None:
-        if not self.ended:
-            self.ended = True
-            self._choices.on_end(error)
-
-    def cancel(self) -> None:
-        if self.ended or self.cancelled:
-            return
-        self.cancelled = True
-        callback, self._on_cancel = self._on_cancel, None
-        if callback is not None:
-            callback()
-
-    async def writable(self) -> None:
-        raise NotImplementedError("a choice is pushed, never waited for")
 
 
 class Choices:
@@ -79,7 +43,7 @@ class Choices:
         self._n = n
         self._start = start
         self._continuous_usage = continuous_usage
-        self._choices = [ChoiceCall(self, index, call) for index in range(num_prompts * n)]
+        self._choices = [ChoiceCall(call, index, self) for index in range(num_prompts * n)]
         self._begun = [False] * len(self._choices)
         self._together = together
         self._prompts: list[PromptDetails | None] = [None] * num_prompts
@@ -96,13 +60,7 @@ class Choices:
         if self._over or self._begun[choice.index]:
             return
         self._begun[choice.index] = True
-        try:
-            self._start(choice)
-        except StatorError as error:
-            choice.end(error)
-        except Exception:
-            logger.exception("choice %s failed in the processor", choice.context.request_id)
-            choice.end(StatorError(ErrorCode.INTERNAL, "the processor failed; its log has the reason"))
+        guarded(choice, lambda: self._start(choice))
 
     def on_items(self, choice: ChoiceCall, items: Sequence[CompletionDelta]) -> None:
         if self._over:
@@ -137,7 +95,7 @@ class Choices:
         num_cached = sum(usage.prompt_tokens_details.cached_tokens for usage in firsts)
         return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(num_cached))
 
-    def on_end(self, error: StatorError | None) -> None:
+    def on_end(self, _: ChoiceCall, error: StatorError | None) -> None:
         if self._over:
             return
         if error is not None:

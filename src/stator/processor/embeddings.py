@@ -11,7 +11,7 @@ import msgspec
 
 from stator.core.sequence_limits import cannot_embed
 from stator.errors import StatorError
-from stator.ids import InstanceId, RequestId
+from stator.ids import InstanceId
 from stator.messages.embeddings import Embedding, EmbeddingsRequest, EmbedRequest
 from stator.messages.engine import SamplingParams
 from stator.messages.processor import RouteDecision
@@ -21,10 +21,10 @@ from stator.processor.attempt import Attempt, TokenSink
 from stator.processor.deferred import DeferredWork, guarded, stopping
 from stator.processor.generation import Generation, GenerationRequest, Shared
 from stator.processor.output import OutputText
+from stator.processor.part_call import PartCall
 from stator.processor.prompt_jobs import TextPrompt
 from stator.processor.prompts import Prompts
 from stator.processor.tokenizer import ModelTokenizer
-from stator.runtime.context import CallContext
 from stator.transport.base import Call, Endpoint, StreamHandle, Target
 
 INPUTS_AT_ONCE = 32
@@ -171,47 +171,12 @@ class _RoutedInput(Generation):
         self._call.end()
 
 
-class _InputCall:
-    """An input's end of the request's call; what `Generation` needs of a Call."""
+class _InputCall(PartCall):
+    __slots__ = ("prompt_ids",)
 
-    __slots__ = ("_inputs", "_on_cancel", "cancelled", "context", "ended", "index", "prompt_ids", "request")
-
-    def __init__(self, inputs: "_Inputs", index: int, prompt_ids: TokenBuffer, call: Call) -> None:
-        outer = call.context
-        request_id = RequestId(f"{outer.request_id}.{index}")
-        self.context = CallContext(request_id, outer.deadline, outer.headers, watched=True)
-        self.request: Any = call.request
-        self.index = index
+    def __init__(self, call: Call, index: int, inputs: "_Inputs", prompt_ids: TokenBuffer) -> None:
+        super().__init__(call, index, inputs.on_items, inputs.on_end)
         self.prompt_ids = prompt_ids
-        self.cancelled = False
-        self.ended = False
-        self._inputs = inputs
-        self._on_cancel: Callable[[], None] | None = None
-
-    def on_cancel(self, callback: Callable[[], None], /) -> None:
-        if self.cancelled:
-            callback()
-        else:
-            self._on_cancel = callback
-
-    def items(self, items: Sequence[Embedding], /) -> None:
-        self._inputs.on_vector(self, items[0])
-
-    def end(self, error: StatorError | None = None, /) -> None:
-        if not self.ended:
-            self.ended = True
-            self._inputs.on_end(self, error)
-
-    def cancel(self) -> None:
-        if self.ended or self.cancelled:
-            return
-        self.cancelled = True
-        callback, self._on_cancel = self._on_cancel, None
-        if callback is not None:
-            callback()
-
-    async def writable(self) -> None:
-        raise NotImplementedError("an input is pushed, never waited for")
 
 
 class _Inputs:
@@ -227,7 +192,7 @@ class _Inputs:
         self._call = call
         self._start = start
         self._on_done = on_done
-        self._waiting: Iterator[_InputCall] = (_InputCall(self, index, ids, call) for index, ids in enumerate(encoded))
+        self._waiting: Iterator[_InputCall] = (_InputCall(call, index, self, ids) for index, ids in enumerate(encoded))
         self._open: dict[_InputCall, None] = {}
         self._over = False
 
@@ -253,9 +218,10 @@ class _Inputs:
             self._open[following] = None
             self._start(following)
 
-    def on_vector(self, call: _InputCall, item: Embedding) -> None:
+    def on_items(self, call: _InputCall, items: Sequence[Embedding]) -> None:
+        """One: the vector."""
         if not self._over:
-            self._call.items([msgspec.structs.replace(item, index=call.index)])
+            self._call.items([msgspec.structs.replace(items[0], index=call.index)])
 
     def on_end(self, call: _InputCall, error: StatorError | None) -> None:
         self._open.pop(call, None)

@@ -41,7 +41,7 @@ def prompt_pool(model_dir: Path | None, max_processes: int) -> KillablePool | No
     if model_dir is None or max_processes < 1:
         return None
     command = (sys.executable, "-m", "stator.processor.prompt_child", str(model_dir))
-    return KillablePool(command, max_processes=max_processes, max_bytes=POOL_BYTES)
+    return KillablePool("the process for long prompts", command, max_processes=max_processes, max_bytes=POOL_BYTES)
 
 
 class Prompts:

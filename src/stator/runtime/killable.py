@@ -48,7 +48,7 @@ class _Job:
 
 
 class KillablePool:
-    """command: of a process that runs `killable_child.serve`. max_bytes: of memory that each may take.
+    """name: for the log. command: of a process that runs `killable_child.serve`. max_bytes: of memory for each.
 
     max_processes: at once, each for one job. Jobs that find none wait; bounding how many is the caller's, who knows
     what to tell whom. Used from one event loop; owns its processes until `close`.
@@ -56,6 +56,7 @@ class KillablePool:
 
     def __init__(
         self,
+        name: str,
         command: Sequence[str],
         *,
         max_processes: int = 1,
@@ -63,6 +64,7 @@ class KillablePool:
         start_s: float = START_S,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
+        self._name = name
         self._command = tuple(command)
         self._max_processes = max_processes
         self._start_s = start_s
@@ -111,12 +113,15 @@ class KillablePool:
                         kind, answer = await child.ask(job.payload)
                 except TimeoutError:
                     child = await _end(child)
-                    _fail(job, JobTooLong(f"not done in {job.timeout_s:g} seconds"))
+                    size, seconds = len(job.payload), job.timeout_s
+                    logger.warning("%s: a job of %d bytes was killed after %g seconds", self._name, size, seconds)
+                    _fail(job, JobTooLong(f"not done in {seconds:g} seconds"))
                 except _Gone as gone:
                     child = await _end(child)
+                    logger.warning("%s: over a job of %d bytes %s", self._name, len(job.payload), gone)
                     _fail(job, JobKilled(str(gone)))
                 except PoolUnavailable as error:
-                    logger.error("a process of the pool does not start (%s): %s", " ".join(self._command), error)
+                    logger.error("%s does not start (%s): %s", self._name, " ".join(self._command), error)
                     _fail(job, error)
                 except asyncio.CancelledError:
                     _fail(job, PoolUnavailable("the pool has closed"))
@@ -180,7 +185,7 @@ class _Child:
             (size,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
             answer = await self._stdout.readexactly(size)
         except (asyncio.IncompleteReadError, ConnectionError):
-            raise _Gone(f"it ended with status {await self.process.wait()}") from None
+            raise _Gone(f"the process ended with status {await self.process.wait()}") from None
         return answer[0], answer[1:]
 
 

@@ -18,11 +18,12 @@ def serve(handle: Callable[[bytes], bytes]) -> None:
     """Answer jobs until there are no more. Call it when all is loaded that jobs need: it tells that this is so.
 
     An exception ends its job, not the process; of it the pool learns the type alone, since its message may quote what
-    somebody sent.
+    somebody sent. For the same reason nothing that is printed from here on is seen by anybody.
     """
     with os.fdopen(os.dup(1), "wb") as answers, os.fdopen(os.dup(0), "rb") as jobs:
-        # What a library prints is no answer.
-        os.dup2(2, 1)
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, 1)
+        os.dup2(nobody, 2)
         _send(answers, ANSWERED, b"")
         while (payload := _receive(jobs)) is not None:
             try:
