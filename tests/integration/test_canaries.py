@@ -61,6 +61,7 @@ ANSWERED: dict[str, tuple[str, dict[str, Any]]] = {
     "text": (TEXT, text(echo=True)),
     "schema": (CHAT, chat(response_format=schema({"enum": [CANARY]}), max_tokens=40)),
     "forced tool": (CHAT, chat(tools=[tool()], tool_choice="required", max_tokens=100)),
+    "template argument": (CHAT, chat(chat_template_kwargs={"enable_thinking": False})),
     "choice": (TEXT, text(structured_outputs={"choice": [CANARY]}, max_tokens=40)),
 }
 REFUSED: dict[str, tuple[str, Any]] = {
@@ -72,6 +73,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "model": (CHAT, chat(model=CANARY)),
     "path": (f"/v1/{CANARY}", chat()),
     "too long": (TEXT, text(prompt=f"{CANARY} " * 600)),
+    "very long": (CHAT, chat(messages=[{"role": "user", "content": f"{CANARY} " * 30_000}])),
     "no object": (CHAT, chat(tools=[tool(parameters={"type": CANARY})], tool_choice="required")),
     "schema": (CHAT, chat(response_format=schema({"$ref": f"http://{CANARY}/"}))),
     "grammar": (CHAT, chat(structured_outputs={"grammar": f"start: {CANARY}"})),
@@ -111,7 +113,9 @@ def in_world(scene: Any) -> None:
     asyncio.run(main())
 
 
-def test_answers_and_refusals_leave_nothing_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_and_refusals_leave_nothing_in_the_log(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     async def scene(made: World) -> None:
         for name, (path, body) in ANSWERED.items():
             answer = await send(made.app, path, body)
@@ -124,6 +128,8 @@ def test_answers_and_refusals_leave_nothing_in_the_log(caplog: pytest.LogCapture
     in_world(scene)
     assert sum(record.name == "stator.frontend.access" for record in caplog.records) == len(ANSWERED) + len(REFUSED) - 1
     check_log(caplog)
+    # Of processes that were started for it.
+    assert CANARY not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -115,12 +115,12 @@ def test_a_template_that_does_not_end_costs_its_request_alone(tmp_path: Path) ->
         assert stuck.error is None and not behind.deltas
         error = refusal(await stuck.done())
         assert (error.code, error.param) == (ErrorCode.INVALID_REQUEST, "messages")
-        assert "took longer than 0.5 seconds" in error.message
+        assert "took longer than 2 seconds" in error.message
         assert (await behind.done()).error is None
         await case.processor.drain()
         assert case.processor.num_open == 0
 
-    run(test, tmp_path, prompt_timeout_s=0.5)
+    run(test, tmp_path, prompt_timeout_s=2.0)
 
 
 def test_a_prompt_that_ends_its_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
