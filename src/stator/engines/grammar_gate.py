@@ -60,8 +60,8 @@ class GrammarGate:
         except PoolUnavailable as error:
             self._tell(error)
             return
-        except JobFailed:
-            pass
+        except JobFailed as error:
+            self._tell(error)
         self._known[key] = None
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
@@ -70,11 +70,11 @@ class GrammarGate:
         """Idempotent."""
         await self._pool.close()
 
-    def _tell(self, error: PoolUnavailable) -> None:
+    def _tell(self, error: JobFailed) -> None:
         """The engine's own bounds must do then, as far as it has some."""
         if not self._told and not self._pool.closed:
             self._told = True
-            logger.warning("grammars are compiled without being tried in a process of their own first: %s", error)
+            logger.warning("a grammar is compiled without being tried in a process of its own first: %s", error)
 
 
 def _refused(why: str) -> StatorError:

@@ -221,7 +221,7 @@ class AnswerForms:
             where = f"chat_template_kwargs.{name[:64]}"
             kind = TEMPLATE_ARGUMENTS.get(name)
             if kind is None:
-                raise _unsupported(f"{where} is not among {', '.join(TEMPLATE_ARGUMENTS)}", where)
+                raise _unsupported(f"not an argument that may be given; {', '.join(TEMPLATE_ARGUMENTS)} are", where)
             if type(value) is not kind:
                 raise StatorError(ErrorCode.INVALID_REQUEST, f"{where} must be {_KINDS[kind]}", param=where)
             found[name] = value

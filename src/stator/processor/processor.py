@@ -110,7 +110,8 @@ class Processor:
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._client = client
-        self._bookings = Bookings(router, rng, directory, wait_s=(settings or ProcessorSettings()).router_wait_s)
+        self._settings = settings = settings or ProcessorSettings()
+        self._bookings = Bookings(router, rng, directory, wait_s=settings.router_wait_s)
         self._feedback = RouteFeedback(client)
         self._instances = DecodeInstances(directory)
         self._shared = Shared(
@@ -118,20 +119,19 @@ class Processor:
             self._bookings,
             self._feedback,
             self._instances,
-            (settings or ProcessorSettings()).migration_limit,
-            (settings or ProcessorSettings()).migration_wait_s,
+            settings.migration_limit,
+            settings.migration_wait_s,
         )
         self._rng = rng
-        self._settings = settings or ProcessorSettings()
         self._defaults = defaults or SamplingDefaults()
         self._chat_template: ChatTemplate | None = None
         if tokenizer.chat_template is not None:
             source, origin = tokenizer.chat_template
             self._chat_template = ChatTemplate(source, origin=origin, special_tokens=tokenizer.special_tokens)
         self._names = ServedNames(self._models, self._instances)
-        self._pool = prompt_pool(tokenizer.directory, self._settings.prompt_processes)
+        self._pool = prompt_pool(tokenizer.directory, settings.prompt_processes)
         # Kinds of requests do not wait for each other's long texts.
-        self._encoding = DeferredWork("tokenize", max_waiting=self._settings.max_encoding, what="long prompts")
+        self._encoding = DeferredWork("tokenize", max_waiting=settings.max_encoding, what="long prompts")
         for_embeddings = DeferredWork("tokenize-embeddings", max_waiting=MAX_WAITING, what="requests with long texts")
         for_tokenization = DeferredWork("tokenize-only", max_waiting=MAX_WAITING, what="long texts")
         self._prompts = self._prompts_with(self._encoding)
@@ -145,9 +145,9 @@ class Processor:
         )
         self._forms = AnswerForms(
             tokenizer,
-            tool_parser=self._settings.tool_parser,
-            reasoning_parser=self._settings.reasoning_parser,
-            model_type=self._settings.model_type,
+            tool_parser=settings.tool_parser,
+            reasoning_parser=settings.reasoning_parser,
+            model_type=settings.model_type,
         )
         self._tokenization = Tokenization(
             models=self._names,

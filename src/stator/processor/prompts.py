@@ -91,7 +91,7 @@ class Prompts:
         self._deferred.check_room()
         try:
             payload = msgspec.msgpack.encode(job)
-        except (UnicodeEncodeError, OverflowError):
+        except UnicodeEncodeError:
             raise StatorError(
                 ErrorCode.INVALID_REQUEST, f"{param} contains what is not valid Unicode text", param=param
             ) from None

@@ -146,20 +146,21 @@ class KillablePool:
             await some.wait()
 
     async def _start(self) -> "_Child":
-        process = None
+        child = None
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=self._environ
+            child = _Child(
+                await asyncio.create_subprocess_exec(
+                    *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=self._environ
+                )
             )
-            child = _Child(process)
             async with asyncio.timeout(self._start_s):
                 await child.receive()
-        except (OSError, TimeoutError, _Gone) as error:
-            await _end(None if process is None else _Child(process))
-            reason = f"not ready in {self._start_s:g} seconds" if isinstance(error, TimeoutError) else str(error)
-            raise PoolUnavailable(reason) from None
-        except asyncio.CancelledError:
-            await _end(None if process is None else _Child(process))
+        except BaseException as error:
+            await _end(child)
+            if isinstance(error, TimeoutError):
+                raise PoolUnavailable(f"not ready in {self._start_s:g} seconds") from None
+            if isinstance(error, OSError | _Gone):
+                raise PoolUnavailable(str(error)) from None
             raise
         return child
 

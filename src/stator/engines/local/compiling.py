@@ -30,7 +30,8 @@ class Compiling:
         self._add = add
         self._fail = fail
         self._thread: ThreadPoolExecutor | None = None
-        self._gate = None if compiler is None else GrammarGate(compiler.path)
+        # Without a tokenizer the compiler refuses all.
+        self._gate = None if compiler is None or not compiler.path.is_file() else GrammarGate(compiler.path)
         self._tasks = TaskOwner("grammars")
         self._waiting: dict[RequestId, Sink] = {}
 
@@ -48,11 +49,11 @@ class Compiling:
         compiled.add_done_callback(lambda done: self._compiled(request, sink, done))
 
     async def _compile(self, request: EngineRequest, thread: ThreadPoolExecutor) -> TokenGrammar | StatorError:
-        grammar, compiler, gate = request.sampling.grammar, self._compiler, self._gate
-        assert grammar is not None and compiler is not None and gate is not None, "without grammars it is refused"
+        grammar, compiler = request.sampling.grammar, self._compiler
+        assert grammar is not None and compiler is not None, "an engine without grammars refuses them"
         try:
-            if compiler.path.is_file():
-                await gate.check(grammar)
+            if self._gate is not None:
+                await self._gate.check(grammar)
             return await asyncio.get_running_loop().run_in_executor(thread, compiler.compile, grammar)
         except StatorError as error:
             return error
