@@ -44,8 +44,9 @@ class StreamOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     continuous_usage_stats: bool = False
 
 
-class RequestFields(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What both endpoints take. None means absent: the model's default, or OpenAI's."""
+class GenerationFields(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What every endpoint that generates takes, the Responses API too. None means absent: the model's default, or
+    OpenAI's."""
 
     model: str
     stream: bool | None = None
@@ -66,14 +67,19 @@ class RequestFields(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     priority: Int | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
-    n: Int | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[TokenId] | None = None
+    skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
+
+
+class RequestFields(GenerationFields, frozen=True, omit_defaults=True, kw_only=True):
+    """What chat and completions take."""
+
+    n: Int | None = None
     prompt_logprobs: Int | None = None
     return_token_ids: bool | None = None
-    skip_special_tokens: bool = True
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None

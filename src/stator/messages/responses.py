@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from stator.messages.openai import Int, StreamOptions, TokenId
-from stator.messages.tools import StructuredOutputs
+from stator.messages.openai import GenerationFields, Int
 
 Json = dict[str, Any]
 
@@ -27,19 +26,14 @@ class ReasoningConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     mode: str | None = None
 
 
-class ResponsesRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class ResponsesRequest(GenerationFields, frozen=True, omit_defaults=True, kw_only=True):
     """None means absent."""
 
-    model: str
     input: str | list[Json] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     max_output_tokens: Int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     top_logprobs: Int | None = None
     tools: list[Json] | None = None
     tool_choice: str | Json | None = None
@@ -48,8 +42,6 @@ class ResponsesRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     include: list[str] | None = None
-    metadata: dict[str, str] | None = None
-    user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -64,22 +56,6 @@ class ResponsesRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
     moderation: Any = None
     image: Json | None = None
     access_programs: Json | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    seed: Int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
-    ignore_eos: bool = False
-    min_tokens: Int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    skip_special_tokens: bool = True
-    priority: Int | None = None
-    cache_salt: str | None = None
-    structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: Json | None = None
 
 
