@@ -20,8 +20,10 @@ from stator.core.settings import SETTINGS
 from stator.discovery.etcd import EtcdDiscovery
 from stator.discovery.memory import MemoryDiscovery, MemoryKeyStore
 from stator.errors import ErrorCode, StatorError
+from stator.hub.client import Backoff
 from stator.ids import InstanceId, JobId
 from stator.queue import nats as nats_queue
+from stator.queue import nats_log
 from stator.queue.nats import NatsQueue
 from stator.queue.nats_connection import JetStreamError, NatsConnection
 from stator.queue.nats_log import LogNames
@@ -157,6 +159,35 @@ def test_streams_and_snapshots_are_the_decode_workers(tmp_path: Path, monkeypatc
                 with contextlib.suppress(JetStreamError):
                     await connection.api(f"STREAM.MSG.GET.{names.snap}", head, dict)
                     break
+            assert (await prefill.size()).waiting == 1
+        finally:
+            for connection, made in opened:
+                await made.close()
+                await connection.close()
+            await nats.kill()
+
+    run(scene)
+
+
+def test_who_asks_a_log_that_is_there_by_now_need_not_wait_for_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Patient(Backoff):
+        def next_s(self) -> float:
+            return 60.0
+
+    async def scene() -> None:
+        for role in ROLES:
+            monkeypatch.setenv(f"STATOR_NATS_{role.upper()}_PASSWORD", password(role))
+        nats = nats_with_roles(tmp_path)
+        await nats.start()
+        opened = [await opened_queue(nats, role) for role in ("prefill", "decode")]
+        prefill, decode = (made for _, made in opened)
+        try:
+            with monkeypatch.context() as patched, pytest.raises(StatorError):
+                patched.setattr(nats_log, "Backoff", Patient)
+                await prefill.size()
+            await decode.put(JobId("first"), b"")
             assert (await prefill.size()).waiting == 1
         finally:
             for connection, made in opened:

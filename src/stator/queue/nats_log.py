@@ -147,6 +147,8 @@ class QueueLog:
         self._gap_after: int | None = None
         self._target = 0
         self._broken = asyncio.Event()
+        self._took = asyncio.Event()
+        self._closing = False
         self._heard_at = 0.0
         self._subscription: Subscription | None = None
         self._subscribed = 0
@@ -157,6 +159,10 @@ class QueueLog:
 
     async def close(self) -> None:
         self._unsubscribe()
+        # Cancelling alone may be lost: wait_for, which nats-py uses, swallows it on CPython 3.11 if it ends just then.
+        self._closing = True
+        self._broken.set()
+        self._took.set()
         await self._tasks.close()
         await self._stop_following()
 
@@ -166,6 +172,7 @@ class QueueLog:
         """Returns when the log has it, once, however often it was tried. Raises StatorError."""
         headers = {"Nats-Msg-Id": f"{entry.writer}.{entry.number}"}
         await self._publish(self._names.event(entry), msgspec.msgpack.encode(entry), deadline, headers)
+        self._took.set()
 
     async def write_body(self, name: str, payload: bytes, deadline: float) -> Body:
         size = self._connection.max_payload_bytes - _PART_ROOM
@@ -315,9 +322,12 @@ class QueueLog:
     async def _follow(self) -> None:
         backoff = Backoff(self._connection.random_source)
         told = False
-        while not self._connection.closed:
+        while not self._connection.closed and not self._closing:
             await self._connection.wait_up()
+            if self._closing:
+                return
             self._broken.clear()
+            self._took.clear()
             try:
                 await self._begin()
                 backoff.reset()
@@ -329,7 +339,10 @@ class QueueLog:
                     logger.warning("cannot follow the queue %s, trying again: %s", self._names.log, error.message)
             await self._stop_following()
             if not self._broken.is_set() or told:
-                await self._connection.pause(backoff.next_s())
+                # Unless the log took something meanwhile: then it is there, and somebody waits to hear of it.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(backoff.next_s()):
+                        await self._took.wait()
 
     async def _begin(self) -> None:
         info = await self._streams()
