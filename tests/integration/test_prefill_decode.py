@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import msgspec
 import pytest
 from deployment import ALWAYS, Deployment, Result, deployed, run
 
 from stator.core.disagg import DisaggPolicy
+from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId, JobId, RequestId, TransferId
 from stator.messages.engine import (
     EngineRequest,
@@ -18,6 +20,7 @@ from stator.messages.engine import (
     TokenDelta,
 )
 from stator.messages.tokens import pack
+from stator.queue.memory import MemoryQueue
 from stator.runtime.context import CallContext
 from stator.transport import Target, call
 
@@ -203,6 +206,34 @@ def test_the_loss_of_the_queue_means_local_prefill() -> None:
             assert result.error is None
             assert result.token_ids == await d.text(LONG)
             assert decode.worker.report().prefills["fallback"] == 1
+
+    run(scene)
+
+
+def test_jobs_that_came_and_went_without_news_of_the_queue_keep_no_later_one_from_it() -> None:
+    """A queue tells its size when that has changed: a refused job changes none, nor one put and cancelled at once."""
+
+    class Refusing(MemoryQueue):
+        """Refuses its next puts."""
+
+        num_refused = 0
+
+        async def put(self, *args: Any, **options: Any) -> None:
+            if self.num_refused:
+                self.num_refused -= 1
+                raise StatorError(ErrorCode.OVERLOADED, "the queue is full")
+            await super().put(*args, **options)
+
+    async def scene() -> None:
+        async with deployed() as d:
+            d.queue = queue = Refusing(d.store)
+            decode, _ = await d.add_decode(CONDITIONAL), await d.add_prefill()
+            queue.num_refused = CONDITIONAL.max_prefill_queue_size
+            for number in range(queue.num_refused):
+                assert (await d.generate(decode, [number, *LONG]).wait()).error is None
+            assert not queue.num_refused and decode.worker.report().prefills["fallback"] == 2
+            await d.generate(decode, [9, *LONG]).wait()
+            assert decode.worker.report().prefills == {"local": 0, "remote": 1, "fallback": 2}
 
     run(scene)
 

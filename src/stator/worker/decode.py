@@ -20,6 +20,7 @@ from stator.config.schema import VllmWorkerConfig
 from stator.core import remote_prefill
 from stator.core.disagg import DisaggPolicy, choose_prefill
 from stator.core.pairing import Left, Paired, PrefillPeers, Refused, differences, in_words
+from stator.core.queue_outlook import QueueOutlook
 from stator.core.remote_prefill import CancelJob, EndCrashed, RemotePrefill, Reply, StartFetched, StartLocal
 from stator.core.sequence_limits import computes_whole_prompt
 from stator.engines.base import Engine
@@ -49,9 +50,6 @@ CANCEL_TIMEOUT_S = 1.0
 
 PUT_TIMEOUT_S = 1.0
 """For the queue to take a job: it is a message to a peer, and a client waits for its first token."""
-
-QUEUE_RETRY_S = 5.0
-"""After a put that failed: so long no other is tried, unless the queue is heard of before."""
 
 QUEUE_GRACE_S = 1.0
 """A queue that is back within this has its jobs, if it is the same: they are waited for."""
@@ -135,10 +133,7 @@ class DecodeWorker:
         self._idle.set()
         self._one_ended = asyncio.Event()
         self._draining = False
-        self._queue_waiting = 0
-        self._puts_since_size = 0
-        self._queue_lost = False
-        self._no_put_before = 0.0
+        self._outlook = QueueOutlook()
         self._doubt_ends: asyncio.TimerHandle | None = None
         self._peers = PrefillPeers(info.pairing)
         self._unsubscribe: Callable[[], None] | None = None
@@ -179,7 +174,9 @@ class DecodeWorker:
         seen: dict[str, int] = {}
         if self._policy.remote_prefill:
             seen = {"paired": self._peers.num_paired, "refused": len(self._peers.refused)}
-        return WorkerReport(self._engine.load(), dict(self._prefills), self._queue_waiting, prefill_instances=seen)
+        return WorkerReport(
+            self._engine.load(), dict(self._prefills), self._outlook.told_waiting, prefill_instances=seen
+        )
 
     # Requests
 
@@ -199,9 +196,9 @@ class DecodeWorker:
             self._policy,
             num_prompt_tokens=num_prompt_tokens,
             num_cached_tokens=self._engine.cached_prefix_tokens(request) if self._policy.remote_prefill else 0,
-            num_waiting_jobs=self._queue_waiting + self._puts_since_size,
+            num_waiting_jobs=self._outlook.num_waiting,
             num_prefillers=self._peers.num_paired,
-            queue_answers=not self._queue_lost and loop_time() >= self._no_put_before,
+            queue_answers=self._outlook.answers(loop_time()),
             adapter_everywhere=lora is None or self._prefillers_have(lora),
         )
         if logger.isEnabledFor(logging.DEBUG):
@@ -265,7 +262,7 @@ class DecodeWorker:
         late = loop.call_later(self._timeout_s, lambda: self._handle(pending, gave_up))
         pending = _Pending(job_id, request, call, RemotePrefill(), late)
         self._pending[job_id] = pending
-        self._puts_since_size += 1
+        self._outlook.put(job_id)
         call.on_cancel(lambda: self._handle(pending, remote_prefill.RequestEnded()))
         if pending.core.state is remote_prefill.State.PENDING:
             self._tasks.spawn(self._put(pending), f"put {job_id}")
@@ -287,11 +284,11 @@ class DecodeWorker:
             async with asyncio.timeout(PUT_TIMEOUT_S):
                 await self._queue.put(pending.job_id, msgspec.msgpack.encode(job), deadline_s=deadline_s)
         except TimeoutError:
-            self._no_put_before = loop_time() + QUEUE_RETRY_S
+            self._outlook.unanswered(loop_time())
             self._handle(pending, remote_prefill.GaveUp(f"the prefill queue took no job within {PUT_TIMEOUT_S:g} s"))
         except StatorError as error:
             if error.code is ErrorCode.INSTANCE_LOST:
-                self._no_put_before = loop_time() + QUEUE_RETRY_S
+                self._outlook.unanswered(loop_time())
             self._handle(pending, remote_prefill.GaveUp(f"the prefill queue refused the job: {error.message}"))
 
     def prefill_done(self, call: Call) -> None:
@@ -315,6 +312,7 @@ class DecodeWorker:
             call.end()
             return
         pending.taken.append(call)
+        self._outlook.waits_no_more(taken.job_id)
 
     def _handle(
         self,
@@ -346,6 +344,7 @@ class DecodeWorker:
                     self._cancels.add(task)
                     task.add_done_callback(self._cancels.discard)
         if pending.core.state is not remote_prefill.State.PENDING and self._pending.pop(pending.job_id, None):
+            self._outlook.waits_no_more(pending.job_id)
             pending.late.cancel()
             for taken in pending.taken:
                 taken.end()
@@ -365,19 +364,16 @@ class DecodeWorker:
                 self._on_queue_loss(news)
                 continue
             self._end_doubt()
-            self._queue_lost = False
-            self._no_put_before = 0.0
-            self._queue_waiting = news.waiting
-            self._puts_since_size = 0
+            self._outlook.sized(news.waiting)
 
     def _on_queue_loss(self, loss: QueueLoss) -> None:
         """Jobs that prefill workers have are finished without the queue. Those that waited come back with it, or are
         lost: then they are done here."""
         if loss.jobs_lost:
             self._give_up_waiting_jobs()
-        elif not self._queue_lost:
+        elif not self._outlook.away:
             self._doubt_ends = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._give_up_waiting_jobs)
-        self._queue_lost = True
+        self._outlook.lost()
 
     def _give_up_waiting_jobs(self) -> None:
         self._end_doubt()

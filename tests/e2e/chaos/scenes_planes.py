@@ -118,6 +118,8 @@ async def store_and_bus_slow(d: Deployment) -> Row:
 
     row = await in_mid_stream(d, fault, also=more)
     assert ids == {i.instance_id for role in d.roles for i in d.instances(role)}, "an instance lost its lease"
+    # Who had no answer from the queue uses it again.
+    await until_remote_prefills(d, await remote_prefills(d))
     return row
 
 
