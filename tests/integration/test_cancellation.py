@@ -117,7 +117,7 @@ def test_in_the_prefill_queue(cancel_alone: None) -> None:
             first = front.ask(LONG)
             await held.entered()
             second = front.ask(LONG[1:])
-            await until(lambda: decode.worker._queue_waiting == 1)  # type: ignore[union-attr]
+            await until(lambda: decode.worker.report().queue_waiting == 1)
             second.cancel()
             async with asyncio.timeout(1.0):
                 while (await d.queue.size()).waiting:  # noqa: ASYNC110
