@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from stator.core.queue_outlook import QueueOutlook
 from stator.core.remote_prefill import Completed, RemotePrefill, Reply, StartFetched, State
 from stator.core.routing import RoutingCore
 from stator.messages.tokens import TokenBuffer
 from stator.processor import generation
 from stator.processor.instances import DecodeInstances
+from stator.runtime.clock import RunningClock
+from stator.runtime.context import loop_time
 from stator.testing.sim.cluster import Layout
 from stator.testing.sim.faults import Kind
 from stator.testing.sim.run import Settings
@@ -91,6 +94,21 @@ def wrong_offset(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(generation, "pack", short)
 
 
+def no_clock_of_its_own(patch: pytest.MonkeyPatch) -> None:
+    """The hub's leases end by a clock that goes on while the hub does not."""
+    patch.setattr(RunningClock, "now", lambda _: loop_time())
+    patch.setattr(RunningClock, "on_loop", lambda _, time: time)
+
+
+def no_end_of_waiting(patch: pytest.MonkeyPatch) -> None:
+    """Only news of the queue's size say that an own job waits no more."""
+
+    def keep(*_: Any) -> None:
+        return
+
+    patch.setattr(QueueOutlook, "waits_no_more", keep)
+
+
 _SCATTERED = Layout(num_frontends=2, num_decode=2, num_prefill=0, router_apart=True)
 _REMOTE = Layout(num_decode=1, num_prefill=2, remote_from_tokens=16)
 
@@ -112,6 +130,14 @@ MUTATIONS: Mapping[str, Mutation] = {
     "the booking's release": Mutation(no_release, "bookings at rest", Settings(kinds=())),
     "the dedupe of completions": Mutation(
         no_dedupe, "open requests at rest", Settings(kinds=(Kind.PAUSE,), max_faults=6, layout=_REMOTE), first=38
+    ),
+    "the hub's own clock": Mutation(
+        no_clock_of_its_own, "nothing had disturbed it", Settings(kinds=(Kind.HUB_PAUSE,), layout=_REMOTE)
+    ),
+    "the end of waiting": Mutation(
+        no_end_of_waiting,
+        "jobs that it thinks wait at rest",
+        Settings(kinds=(Kind.HUB_PAUSE,), max_faults=8, num_requests=30, layout=_REMOTE),
     ),
     "the resume offset": Mutation(wrong_offset, "its text is not", Settings(kinds=(Kind.KILL,), max_faults=6)),
 }

@@ -15,7 +15,7 @@ from stator.core import key_store as core
 from stator.discovery.base import DEFAULT_LEASE_TTL_S, KeyValue, Lease, WatchBatch
 from stator.errors import ErrorCode, StatorError
 from stator.ids import LeaseId
-from stator.runtime.context import loop_time
+from stator.runtime.clock import Clock, LoopClock
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +68,18 @@ class Watcher:
 class MemoryKeyStore:
     """Must be used on one event loop. Methods never wait; they raise StatorError as the seam says.
 
-    random_source: draws lease ids, which must not repeat over the lives of a server.
+    random_source: draws lease ids, which must not repeat over the lives of a server. clock: that leases run on.
     """
 
     def __init__(
-        self, limits: core.KeyStoreLimits | None = None, *, random_source: random.Random | None = None
+        self,
+        limits: core.KeyStoreLimits | None = None,
+        *,
+        random_source: random.Random | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._limits = limits
+        self._clock = clock or LoopClock()
         self._random = random_source or random.SystemRandom()
         self._core: core.KeyStore | None = None
         self._watchers: dict[int, Watcher] = {}
@@ -96,11 +101,11 @@ class MemoryKeyStore:
         return bool(self._run(core.RevokeLease(lease_id)))
 
     def has_lease(self, lease_id: LeaseId) -> bool:
-        return self._core is not None and self._core.has_lease(lease_id, loop_time())
+        return self._core is not None and self._core.has_lease(lease_id, self._clock.now())
 
     def leases(self) -> list[tuple[LeaseId, float, float, float]]:
         """Living ones: id, ttl_s, seconds left and age in seconds."""
-        return [] if self._core is None else self._core.leases(loop_time())
+        return [] if self._core is None else self._core.leases(self._clock.now())
 
     def put(self, key: str, value: bytes, lease_id: LeaseId | None = None) -> int:
         return int(self._run(core.Put(key, value, lease_id)))
@@ -170,7 +175,7 @@ class MemoryKeyStore:
     def _handle(self, event: core.Event) -> core.Effect | None:
         if self._closed:
             raise StatorError(ErrorCode.INSTANCE_LOST, "this discovery store is closed")
-        now = loop_time()
+        now = self._clock.now()
         if self._core is None:
             # The clock does not go back when a process is started again on the same machine, so neither do revisions.
             self._core = core.KeyStore(self._limits, first_revision=int(now * 1_000_000))
@@ -203,7 +208,7 @@ class MemoryKeyStore:
             self._timer = None
         self._timer_at = deadline
         if deadline is not None and not self._closed:
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
+            self._timer = asyncio.get_running_loop().call_at(self._clock.on_loop(deadline), self._tick)
 
     def _tick(self) -> None:
         self._timer = None

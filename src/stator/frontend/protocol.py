@@ -17,6 +17,9 @@ from stator.frontend.settings import ConnectionSettings
 DISCARD_PAUSE_S = 0.005
 """After each read of a body that is dropped, for each connection on which one is: they share about 50 MB a second."""
 
+WRITE_LOOKS = 4
+"""In a write_timeout_s, whether a client still takes what is unwritten."""
+
 
 class BoundedHttpProtocol(HttpToolsProtocol):
     """Implements frontend.http.Pipe, and adds to uvicorn's connection:
@@ -52,6 +55,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._handed_over = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._num_unwritten = 0
+        self._written_at = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._discard_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
@@ -215,6 +220,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._open.waits(self)
         self._idle_since = self.loop.time()
+        if self.transport.get_write_buffer_size():
+            self._arm_write_timer()
         if self._idle_timer is None:
             self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._check_idle)
 
@@ -225,13 +232,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._idle_timer = None
         if self._idle_since is None:
             return
+        now = self.loop.time()
         due = self._idle_since + self.timeout_keep_alive
-        if self.loop.time() < due:
+        if now < due:
             self._idle_timer = self.loop.call_at(due, self._check_idle)
-        elif self.transport.get_write_buffer_size():
-            self.transport.abort()
-        else:
+        elif not self.transport.get_write_buffer_size():
             self.transport.close()
+        elif now < self._idle_since + self._settings.rest_timeout_s:
+            # The answer's client reads slowly. One that does not read at all is the write timer's.
+            self._arm_write_timer()
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._check_idle)
+        else:
+            self.transport.abort()
 
     # Pipe.
 
@@ -345,7 +357,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _arm_write_timer(self) -> None:
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self._settings.write_timeout_s, self._write_late)
+            self._num_unwritten = self.transport.get_write_buffer_size()
+            self._written_at = self.loop.time()
+            self._write_timer = self.loop.call_later(
+                self._settings.write_timeout_s / WRITE_LOOKS, self._look_at_writing
+            )
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -356,9 +372,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self._write_timer = _cancel(self._write_timer)
 
-    def _write_late(self) -> None:
+    def _look_at_writing(self) -> None:
+        """Nothing is added to what is unwritten while this goes on: it shrinks, or its client takes nothing."""
         self._write_timer = None
-        self.transport.abort()
+        num_unwritten, now = self.transport.get_write_buffer_size(), self.loop.time()
+        goes_on = self.busy and not self.flow.write_paused and not self.transport.is_closing()
+        if not num_unwritten or goes_on:
+            return
+        if num_unwritten < self._num_unwritten:
+            self._num_unwritten, self._written_at = num_unwritten, now
+        elif now >= self._written_at + self._settings.write_timeout_s:
+            self.transport.abort()
+            return
+        self._write_timer = self.loop.call_later(self._settings.write_timeout_s / WRITE_LOOKS, self._look_at_writing)
 
 
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}

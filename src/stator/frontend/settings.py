@@ -33,7 +33,8 @@ class FrontendSettings:
 class ConnectionSettings:
     """head_timeout_s: for the request line and headers to arrive, and for a fresh connection to say anything.
 
-    write_timeout_s: how long a client may accept no byte before its connection is dropped.
+    write_timeout_s: how long a client may accept no byte before its connection is dropped. rest_timeout_s: for it to
+    accept what is unwritten when its answer has ended.
     max_connections: of one process, as far as its limit on open files allows; at the bound one that waits is closed.
     max_head_bytes, max_headers: of one request, the trailers of its body with them.
     kernel_receive_bytes: of one connection, what is kept unread outside the process; bounds how fast a body comes.
@@ -48,4 +49,5 @@ class ConnectionSettings:
     max_pipelined: int = 32
     kernel_receive_bytes: int = 256 * 1024
     write_timeout_s: float = 120.0
+    rest_timeout_s: float = 600.0
     backlog: int = 2048

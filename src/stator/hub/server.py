@@ -20,6 +20,7 @@ from stator.errors import ErrorCode, StatorError
 from stator.hub import messages as m
 from stator.hub.status import HUB_STATUS, HubStatus, NamespaceRequest, hub_status
 from stator.queue.memory import MemoryQueue
+from stator.runtime.clock import RunningClock
 from stator.runtime.context import CallContext, loop_time
 from stator.transport.base import Call, Endpoint, TransportServer
 from stator.transport.calls import CallTasks
@@ -37,7 +38,7 @@ MAX_ABANDONED_PULLS = 4_096
 class _Namespace:
     def __init__(self, hub: "Hub", name: str) -> None:
         self.name = name
-        self.store = MemoryKeyStore(hub.key_limits, random_source=hub.random_source)
+        self.store = MemoryKeyStore(hub.key_limits, random_source=hub.random_source, clock=hub.clock)
         self.queues: dict[str, MemoryQueue] = {}
 
 
@@ -64,6 +65,8 @@ class Hub:
         self._tasks = CallTasks("hub")
         self._closed = False
         self._started_at = loop_time()
+        # While it stands still it hears no renewal, and none is late.
+        self.clock = RunningClock("the hub")
         self.serve_on(server)
 
     def store(self, namespace: str) -> MemoryKeyStore:
@@ -78,12 +81,13 @@ class Hub:
             _check_name("queue", name)
             if len(space.queues) >= MAX_QUEUES:
                 raise StatorError(ErrorCode.OVERLOADED, f"namespace {namespace} has {MAX_QUEUES} queues already")
-            queue = space.queues[name] = MemoryQueue(space.store, self.queue_limits, name=name)
+            queue = space.queues[name] = MemoryQueue(space.store, self.queue_limits, name=name, clock=self.clock)
         return queue
 
     async def close(self) -> None:
         """End every watch and pull with INSTANCE_LOST. The state is gone. Idempotent."""
         self._closed = True
+        self.clock.close()
         spaces, self._namespaces = self._namespaces, {}
         for space in spaces.values():
             for queue in space.queues.values():

@@ -10,7 +10,7 @@ from stator.discovery.memory import MemoryKeyStore
 from stator.errors import ErrorCode, StatorError
 from stator.ids import InstanceId, JobId, LeaseId
 from stator.queue.base import DeadLetter, Delivery, QueueSize
-from stator.runtime.context import loop_time
+from stator.runtime.clock import Clock, LoopClock
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ class MemoryQueue:
 
     Must be used on one event loop. The methods without `async` are for a server that answers others by callback.
     random_source: draws the ids of pulls made here, which must differ from those of other consumers.
+    clock: that deadlines and the times of deliveries run on.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class MemoryQueue:
         *,
         name: str = "prefill",
         random_source: random.Random | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.name = name
+        self._clock = clock or LoopClock()
         self._store = store
         self._core = core.JobQueueCore(limits)
         self._random = random_source or random.SystemRandom()
@@ -167,7 +170,7 @@ class MemoryQueue:
             raise self._closed_error()
         answer: core.Answer | core.Refused | None = None
         ended: list[core.PullEnded] = []
-        for effect in self._core.handle(event, loop_time()):
+        for effect in self._core.handle(event, self._clock.now()):
             match effect:
                 case core.Answer() | core.Refused():
                     answer = effect
@@ -224,7 +227,7 @@ class MemoryQueue:
             self._timer = None
         self._timer_at = deadline
         if deadline is not None:
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
+            self._timer = asyncio.get_running_loop().call_at(self._clock.on_loop(deadline), self._tick)
 
     def _tick(self) -> None:
         self._timer = None

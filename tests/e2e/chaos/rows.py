@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from string import ascii_lowercase
 
 from chaos.deployment import Deployment
 from chaos.load import Body, Load, Stream
@@ -64,6 +65,11 @@ class Scene:
     planes: tuple[str, ...] = ("embedded", "external")
     may_refuse: bool = False
     beside: bool = False
+
+    @property
+    def whole(self) -> str:
+        """Its number without the letter."""
+        return self.number.rstrip(ascii_lowercase)
 
 
 def doubled(text: str, expected: str) -> int:

@@ -1,6 +1,8 @@
 """Scenes 9, 11, 12, 14, 15: the head's own processes, the store and the bus, the router and what it knows."""
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from metrics import total
 
@@ -15,6 +17,9 @@ GONE_S = 12.0
 
 SLOW_S, HELD_S, GOES_ON_S = 14.0, 1.5, 0.5
 """For longer than a lease, each answer may come so late."""
+
+RENEWED_WITHIN_S = 6.0
+"""Of the hub's return: a third of a lease, and the longest pause before another try."""
 
 
 async def frontend_killed(d: Deployment) -> Row:
@@ -97,24 +102,47 @@ async def store_and_bus_wiped(d: Deployment) -> Row:
 async def store_and_bus_slow(d: Deployment) -> Row:
     """They stand still most of the time, and answer in between."""
     loop = asyncio.get_running_loop()
-    ids = {i.instance_id for role in d.roles for i in d.instances(role)}
-    more: list[Stream] = []
 
     async def slow_down() -> None:
         end = loop.time() + SLOW_S
         while loop.time() < end:
-            d.control.hold(True)
-            try:
-                await pause(HELD_S)
-            finally:
-                d.control.hold(False)
+            await _hold(d, HELD_S)
             await pause(GOES_ON_S)
 
+    return await _serve_during(d, slow_down)
+
+
+async def hub_stands_still(d: Deployment) -> Row:
+    """For longer than a lease it hears no renewal, of anybody."""
+
+    async def stand_still() -> None:
+        await _hold(d, SLOW_S)
+        # Whoever has lost a lease learns so with its next renewal.
+        await pause(RENEWED_WITHIN_S)
+
+    row = await _serve_during(d, stand_still)
+    await d.whole(5)
+    return row
+
+
+async def _hold(d: Deployment, seconds: float) -> None:
+    d.control.hold(True)
+    try:
+        await pause(seconds)
+    finally:
+        d.control.hold(False)
+
+
+async def _serve_during(d: Deployment, disturb: Callable[[], Coroutine[Any, Any, None]]) -> Row:
+    """Requests go on meanwhile; afterwards everybody is who it was, and prompts are prefilled remotely."""
+    ids = {i.instance_id for role in d.roles for i in d.instances(role)}
+    more: list[Stream] = []
+
     async def fault() -> None:
-        slowing = asyncio.ensure_future(slow_down())
-        while not slowing.done():
+        disturbing = asyncio.ensure_future(disturb())
+        while not disturbing.done():
             more.extend(await d.load.send([*stories(4, max_tokens=60), *long_prompts(2, d.salt())]))
-        await slowing
+        await disturbing
 
     row = await in_mid_stream(d, fault, also=more)
     assert ids == {i.instance_id for role in d.roles for i in d.instances(role)}, "an instance lost its lease"

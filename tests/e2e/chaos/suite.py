@@ -197,6 +197,14 @@ SCENES: tuple[Scene, ...] = (
         control.store_and_bus_slow,
     ),
     Scene(
+        "11g",
+        "the hub stands still for 14 s (SIGSTOP)",
+        "serving goes on; no lease is lost",
+        "log of the hub: `stood still for`",
+        control.hub_stands_still,
+        planes=EMBEDDED,
+    ),
+    Scene(
         "12",
         "each of three etcd members killed in turn",
         "nobody notices",
@@ -377,8 +385,7 @@ def chosen(words: Sequence[str], plane: str) -> list[Scene]:
     """Scenes whose number is one of words, or whose name has one of them."""
 
     def matches(scene: Scene) -> bool:
-        number = scene.number.rstrip("abcdef")
-        return any(word in (scene.number, number) or (not word.isdigit() and word in scene.name) for word in words)
+        return any(word in (scene.number, scene.whole) or (not word.isdigit() and word in scene.name) for word in words)
 
     return [scene for scene in SCENES if plane in scene.planes and (not words or matches(scene))]
 

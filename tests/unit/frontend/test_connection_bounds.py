@@ -49,6 +49,12 @@ class FakeTransport(asyncio.Transport):
             if self.buffered > HIGH_WATER:
                 self._protocol.pause_writing()
 
+    def take(self, num_bytes: int) -> None:
+        """The client reads some of what waits."""
+        self.buffered = max(0, self.buffered - num_bytes)
+        if self.closing and not self.buffered:
+            self._lost()
+
     def get_write_buffer_size(self) -> int:
         return self.buffered
 
@@ -205,6 +211,39 @@ def test_an_answer_that_nobody_reads_does_not_hold_its_connection(close: bytes):
             client = Client(server, unread=True).send(GET[:-2] + close + b"\r\n")
             assert await client.closed_after(200) <= SETTINGS.write_timeout_s
             assert client.statuses == [200]
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("close", [b"", b"connection: close\r\n"])
+def test_an_answer_that_is_read_slowly_is_read_to_its_end(close: bytes):
+    async def main() -> None:
+        async with serving() as (_, server):
+            transport = Client(server, unread=True).send(GET[:-2] + close + b"\r\n").transport
+            await asyncio.sleep(1)
+            piece = transport.buffered // 4
+            assert piece
+            # Three breaks longer than an idle connection is kept, none as long as a reader may take nothing.
+            for _ in range(4):
+                assert transport.closed_at is None
+                await asyncio.sleep(SETTINGS.write_timeout_s * 0.7)
+                transport.take(piece)
+            transport.take(piece)
+            await asyncio.sleep(SETTINGS.keep_alive_s + 1)
+            assert transport.closed_at is not None
+
+    run_virtual(main())
+
+
+def test_whoever_reads_by_the_byte_does_not_hold_its_connection_for_ever():
+    async def main() -> None:
+        async with serving() as (_, server):
+            client = Client(server, unread=True).send(GET)
+            for _ in range(100):
+                await asyncio.sleep(20)
+                client.transport.take(1)
+            assert client.transport.closed_at is not None and client.transport.buffered
+            assert client.transport.closed_at <= SETTINGS.rest_timeout_s + SETTINGS.keep_alive_s
 
     run_virtual(main())
 

@@ -32,6 +32,9 @@ LOST_WITHIN_S = 13.0
 RELEASED_WITHIN_S = 1.0
 """Of the client's disconnect, if nothing is disturbed."""
 
+HUB_SETTLES_WITHIN_S = 4.0
+"""The return window of those who held leases, and a renewal."""
+
 SETTLE_S = 0.5
 MAX_REQUEST_S = 90.0
 INDEX_SLACK_S = 0.75
@@ -135,12 +138,23 @@ class Checks:
             ended_at = None if request is None else request.answer.ended_at
             if ended_at is None:
                 continue
-            bound = RELEASED_WITHIN_S if self._undisturbed_since(ended_at - LOST_WITHIN_S) else 2 * LOST_WITHIN_S
+            # A job whose end a hub that stood still has not heard of is handed out, and ended by its decode worker.
+            prompt = self._undisturbed_since(ended_at - LOST_WITHIN_S) and not self._hub_away(
+                Kind.HUB_PAUSE, ended_at, now
+            )
+            bound = RELEASED_WITHIN_S if prompt else 2 * LOST_WITHIN_S
             if now - ended_at > bound + SAMPLE_S:
                 self.violated(f"{process.label} works for {request_id} {bound:g} s after its end")
 
     def _undisturbed_since(self, time: float) -> bool:
         return all(d.end is not None and d.end < time for d in self._injector.disturbances)
+
+    def _hub_away(self, kind: Kind, since: float, until: float) -> bool:
+        """Away, or back for no longer than workers may take to return to it or to let go."""
+        return any(
+            away.kind is kind and away.start <= until and (away.end is None or since <= away.end + HUB_SETTLES_WITHIN_S)
+            for away in self._injector.hub_away
+        )
 
     # When all is quiet.
 
@@ -188,6 +202,8 @@ class Checks:
         crashes = sum(self._disturbed(service, since, until, crash) for service in ("VllmWorker", "PrefillWorker"))
         if answer.error in ("engine_crashed", "poison_request") and crashes > 1:
             return f"{crashes} engine crashes"
+        if answer.error == "no_instance" and front and self._hub_away(Kind.HUB_RESTART, since, until):
+            return "its frontend was new, and so was the hub: it knew of no worker yet"
         if answer.error == "overloaded" and hits:
             return "less capacity than load"
         return None
@@ -212,9 +228,17 @@ class Checks:
                     self.violated(f"{process.label}: {left} at rest")
             if "Frontend" in process.names:
                 self._check_counters(process)
+            self._check_fenced(process)
         self._check_queues()
         self._index.check_at_rest()
         self.violations += self._cluster.problems
+
+    def _check_fenced(self, process: SimProcess) -> None:
+        """Nobody begins anew, with a model to load, for what befell another."""
+        disturbances = [d for d in self._injector.disturbances if d.process is process]
+        for at in process.fenced_at:
+            if not any(d.start <= at and (d.end is None or d.end >= at - LOST_WITHIN_S) for d in disturbances):
+                self.violated(f"{process.label} fenced itself at {at:.3f} s, and nothing had disturbed it")
 
     def _check_queues(self) -> None:
         hub: Any = self._cluster.hub.hub
@@ -345,6 +369,7 @@ def _left_over(service: str, component: Any) -> Iterator[str]:
         case "VllmWorker":
             yield from _nonzero("open requests", component.requests._num_open)
             yield from _nonzero("pending prefills", len(component.requests._pending))
+            yield from _nonzero("jobs that it thinks wait", component.requests._outlook.num_waiting)
             yield from _engine_left_over(component.engine)
         case "PrefillWorker":
             yield from _nonzero("jobs in hand", len(component.jobs._in_hand))

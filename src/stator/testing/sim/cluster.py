@@ -124,6 +124,7 @@ class SimProcess:
         self.process: ServiceProcess | None = None
         self.ready_at: float | None = None
         self.num_lives = 0
+        self.fenced_at: list[float] = []
         self.num_disturbed = 0
         self.wanted = True
         self._cluster = cluster
@@ -165,6 +166,8 @@ class SimProcess:
         while self.wanted:
             code = await self._live()
             self._cluster.trace.note(self.label, f"ended: {code}")
+            if code == ExitCode.FENCED:
+                self.fenced_at.append(loop.time())
             if not self.wanted:
                 return
             ready_for_s = None if self.ready_at is None else loop.time() - self.ready_at
@@ -342,6 +345,15 @@ class Cluster:
         self.hub.kill()
         await asyncio.sleep(down_s)
         await self.hub.start()
+
+    async def pause_hub(self, for_s: float) -> None:
+        """It stands still; nothing, if it is being restarted."""
+        node = self.hub.node
+        if node is None or not self.hub.alive:
+            return
+        node.pause()
+        await asyncio.sleep(for_s)
+        node.resume()
 
     async def close(self) -> None:
         for process in self.processes:

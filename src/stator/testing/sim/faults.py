@@ -26,6 +26,7 @@ class Kind(StrEnum):
     STUTTER = "stutter"
     DRAIN = "drain"
     HUB_RESTART = "hub-restart"
+    HUB_PAUSE = "hub-pause"
     CRASH = "engine-crash"
     HANG = "engine-hang"
     JOIN = "join"
@@ -102,6 +103,8 @@ class Schedule:
                 return Fault(at, kind, rng.choice(anyone), short * 2)
             case Kind.HUB_RESTART:
                 return Fault(at, kind, "hub", rng.choice((0.2, 2.0, 8.0, 14.0)) * (0.5 + rng.random()))
+            case Kind.HUB_PAUSE:
+                return Fault(at, kind, "hub", long)
             case Kind.CRASH | Kind.HANG:
                 return Fault(at, kind, rng.choice(workers), long if kind is Kind.HANG else 0.0)
             case Kind.JOIN:
@@ -110,11 +113,21 @@ class Schedule:
                 return Fault(at, kind, rng.choice(workers), 3.0 + long)
 
 
+@dataclass(slots=True)
+class HubAway:
+    """As Disturbance, of the hub."""
+
+    kind: Kind
+    start: float
+    end: float | None = None
+
+
 class Injector:
     """Carries a schedule out. quiet_at: when the last fault so far had healed, on the loop's clock."""
 
     def __init__(self, cluster: Cluster, rng: Random) -> None:
         self.disturbances: list[Disturbance] = []
+        self.hub_away: list[HubAway] = []
         self.quiet_at = 0.0
         self._cluster = cluster
         self._rng = rng
@@ -125,8 +138,12 @@ class Injector:
         await asyncio.sleep(fault.at)
         self._cluster.trace.note("fault", f"{fault.kind} {fault.target} {fault.other} {fault.duration_s:.3f}")
         match fault.kind:
-            case Kind.HUB_RESTART:
-                await self._cluster.restart_hub(fault.duration_s)
+            case Kind.HUB_RESTART | Kind.HUB_PAUSE:
+                away = HubAway(fault.kind, loop.time())
+                self.hub_away.append(away)
+                act = self._cluster.restart_hub if fault.kind is Kind.HUB_RESTART else self._cluster.pause_hub
+                await act(fault.duration_s)
+                away.end = loop.time()
             case Kind.JOIN:
                 self._cluster.join(fault.target)
             case _:

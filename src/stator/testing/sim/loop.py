@@ -154,9 +154,13 @@ class SimLoop(asyncio.BaseEventLoop):
         self._num_timers = 0
         self._timers: list[tuple[float, int, _TimerHandle]] = []
         self._over = False
+        # The dead ones too: what nobody refers to any more would be finalized, and so run after all.
+        self._nodes: list[Node] = []
 
     def node(self, name: str, host: str) -> Node:
-        return Node(self, name, host)
+        node = Node(self, name, host)
+        self._nodes.append(node)
+        return node
 
     def time(self) -> float:
         return self._now
@@ -274,6 +278,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers.clear()
         self.close()
         with _quietly():
+            self._nodes.clear()
             for task in tasks:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 with contextlib.suppress(BaseException):
