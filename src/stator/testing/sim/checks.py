@@ -191,8 +191,10 @@ class Checks:
             enough = request.timeout_s is not None and until - answer.started_at >= request.timeout_s - 0.01
             return "its deadline" if enough else None
         front = self._disturbed("Frontend", since, until, _FRONT_FAULTS)
-        if answer.lost is not None or answer.error == "draining":
-            return "its frontend was disturbed" if front else None
+        if front and (answer.lost is not None or answer.error == "draining"):
+            return "its frontend was disturbed"
+        if answer.lost is not None:
+            return None
         hits = self._disturbed("VllmWorker", since, until)
         if any(since - SAMPLE_S <= at <= until + SAMPLE_S for at in self.no_worker_at):
             return "there was no decode worker"

@@ -35,6 +35,10 @@ class Kind(StrEnum):
 
 ALL_KINDS = tuple(Kind)
 
+CRASHED_ENDS_WITHIN_S = 30.0
+"""A process whose engine crashed: it leaves, which a hub that does not answer delays. An engine without work does not
+crash before it has some."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -228,8 +232,9 @@ class Injector:
         faults: Any = component.engine.faults
         match fault.kind:
             case Kind.CRASH:
+                life = process.num_lives
                 faults.crash()
-                await asyncio.sleep(1.0)
+                await until(lambda: process.num_lives > life, CRASHED_ENDS_WITHIN_S)
             case Kind.HANG:
                 faults.hang()
                 await asyncio.sleep(fault.duration_s)

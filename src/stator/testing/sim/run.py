@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from stator.testing.sim.checks import MAX_REQUEST_S, QUIET_S, Checks
+from stator.testing.sim.checks import LOST_WITHIN_S, MAX_REQUEST_S, QUIET_S, Checks
 from stator.testing.sim.client import ask
 from stator.testing.sim.cluster import HTTP_PORT, Cluster, Layout
 from stator.testing.sim.engine import make_runner, sim_engines
@@ -140,7 +140,9 @@ async def _course(
         await _all(faults)
         cluster.network.heal_all()
         await until(lambda: all(p.ready for p in cluster.processes), BACK_WITHIN_S)
-        await asyncio.sleep(QUIET_S)
+        # What the dead held ends with their leases, and who stood still notices a silent peer that much later.
+        lost_by = injector.quiet_at + LOST_WITHIN_S if schedule.faults else 0.0
+        await asyncio.sleep(max(QUIET_S, lost_by - loop.time()))
         checks.check_answers()
         checks.check_at_rest()
     finally:
