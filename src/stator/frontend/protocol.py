@@ -373,13 +373,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._write_timer = _cancel(self._write_timer)
 
     def _look_at_writing(self) -> None:
-        """Nothing is added to what is unwritten while this goes on: it shrinks, or its client takes nothing."""
+        """While nothing is added to what is unwritten it shrinks, or its client takes nothing. What was added, by the
+        answer to its next request, is looked at anew."""
         self._write_timer = None
         num_unwritten, now = self.transport.get_write_buffer_size(), self.loop.time()
         goes_on = self.busy and not self.flow.write_paused and not self.transport.is_closing()
         if not num_unwritten or goes_on:
             return
-        if num_unwritten < self._num_unwritten:
+        if num_unwritten != self._num_unwritten:
             self._num_unwritten, self._written_at = num_unwritten, now
         elif now >= self._written_at + self._settings.write_timeout_s:
             self.transport.abort()

@@ -235,6 +235,21 @@ def test_an_answer_that_is_read_slowly_is_read_to_its_end(close: bytes):
     run_virtual(main())
 
 
+def test_a_slow_reader_that_asks_again_has_as_long_as_any():
+    async def main() -> None:
+        async with serving() as (_, server):
+            client = Client(server, unread=True).send(GET)
+            await asyncio.sleep(SETTINGS.write_timeout_s / 2)
+            client.send(GET)
+            await asyncio.sleep(SETTINGS.write_timeout_s / 4)
+            client.transport.take(client.transport.buffered // 4)
+            await asyncio.sleep(SETTINGS.write_timeout_s * 0.9)
+            assert client.transport.closed_at is None
+            assert await client.closed_after(200) <= SETTINGS.write_timeout_s
+
+    run_virtual(main())
+
+
 def test_whoever_reads_by_the_byte_does_not_hold_its_connection_for_ever():
     async def main() -> None:
         async with serving() as (_, server):
