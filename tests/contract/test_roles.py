@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -130,18 +130,31 @@ async def opened_queue(nats: NatsServer, role: str, namespace: str = NAMESPACE) 
     return connection, NatsQueue(connection, leases, namespace=namespace, timeout_s=TIMEOUT_S)
 
 
+@contextlib.asynccontextmanager
+async def prefill_and_decode(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[list[tuple[NatsConnection, NatsQueue]]]:
+    """A queue as each of the two has it, on a server with the shipped roles where nobody has been before."""
+    for role in ROLES:
+        monkeypatch.setenv(f"STATOR_NATS_{role.upper()}_PASSWORD", password(role))
+    nats = nats_with_roles(directory)
+    await nats.start()
+    opened = [await opened_queue(nats, role) for role in ("prefill", "decode")]
+    try:
+        yield opened
+    finally:
+        for connection, made in opened:
+            await made.close()
+            await connection.close()
+        await nats.kill()
+
+
 def test_streams_and_snapshots_are_the_decode_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prefill node that is first waits for them; at its turn to write a snapshot it leaves that to others."""
     monkeypatch.setattr(nats_queue, "SNAPSHOT_EVERY", 10)
 
     async def scene() -> None:
-        for role in ROLES:
-            monkeypatch.setenv(f"STATOR_NATS_{role.upper()}_PASSWORD", password(role))
-        nats = nats_with_roles(tmp_path)
-        await nats.start()
-        opened = [await opened_queue(nats, role) for role in ("prefill", "decode")]
-        (_, prefill), (connection, decode) = opened
-        try:
+        async with prefill_and_decode(tmp_path, monkeypatch) as ((_, prefill), (connection, decode)):
             with pytest.raises(StatorError):
                 await prefill.size()
             await decode.put(JobId("first"), b"")
@@ -160,11 +173,6 @@ def test_streams_and_snapshots_are_the_decode_workers(tmp_path: Path, monkeypatc
                     await connection.api(f"STREAM.MSG.GET.{names.snap}", head, dict)
                     break
             assert (await prefill.size()).waiting == 1
-        finally:
-            for connection, made in opened:
-                await made.close()
-                await connection.close()
-            await nats.kill()
 
     run(scene)
 
@@ -177,23 +185,12 @@ def test_who_asks_a_log_that_is_there_by_now_need_not_wait_for_the_next_look(
             return 60.0
 
     async def scene() -> None:
-        for role in ROLES:
-            monkeypatch.setenv(f"STATOR_NATS_{role.upper()}_PASSWORD", password(role))
-        nats = nats_with_roles(tmp_path)
-        await nats.start()
-        opened = [await opened_queue(nats, role) for role in ("prefill", "decode")]
-        prefill, decode = (made for _, made in opened)
-        try:
+        async with prefill_and_decode(tmp_path, monkeypatch) as ((_, prefill), (_, decode)):
             with monkeypatch.context() as patched, pytest.raises(StatorError):
                 patched.setattr(nats_log, "Backoff", Patient)
                 await prefill.size()
             await decode.put(JobId("first"), b"")
             assert (await prefill.size()).waiting == 1
-        finally:
-            for connection, made in opened:
-                await made.close()
-                await connection.close()
-            await nats.kill()
 
     run(scene)
 

@@ -139,10 +139,10 @@ async def _serve_during(d: Deployment, disturb: Callable[[], Coroutine[Any, Any,
     more: list[Stream] = []
 
     async def fault() -> None:
-        disturbing = asyncio.ensure_future(disturb())
-        while not disturbing.done():
-            more.extend(await d.load.send([*stories(4, max_tokens=60), *long_prompts(2, d.salt())]))
-        await disturbing
+        async with asyncio.TaskGroup() as group:
+            disturbing = group.create_task(disturb())
+            while not disturbing.done():
+                more.extend(await d.load.send([*stories(4, max_tokens=60), *long_prompts(2, d.salt())]))
 
     row = await in_mid_stream(d, fault, also=more)
     assert ids == {i.instance_id for role in d.roles for i in d.instances(role)}, "an instance lost its lease"
