@@ -71,6 +71,8 @@ def until_ready(url: str, process: "subprocess.Popen[bytes] | None") -> None:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     directory = tmp_path_factory.mktemp("servers")
+    # As on a new machine: some requests are the first for which a kernel is compiled, and that takes its time.
+    environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(directory / "kernels")}
     port, own_port = free_port(), free_port()
     command = [
         sys.executable,
@@ -84,7 +86,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     for key, value in ENGINE.items():
         command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     log = (directory / "vllm.log").open("wb")
-    own = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log, start_new_session=True)
+    own = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True)
     flags = [f"--VllmWorker.{key}={value}".replace("=True", "=true") for key, value in ENGINE.items()]
     flags += [
         f"--VllmWorker.ServiceArgs.python={sys.executable}",
@@ -94,7 +96,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
         ["serve", "graphs.agg_router:Frontend", "-f", "configs/tiny-vllm.yaml", *flags]
         + [f"--Frontend.port={port}", "--hub-port", str(free_port())],
         state_dir=directory,
-        env=ENVIRONMENT,
+        env=environment,
     )
     try:
         until_ready(f"http://127.0.0.1:{own_port}/health", own)
@@ -115,7 +117,7 @@ def answer(base: str, ask: Ask) -> tuple[int, Any]:
     data = None if ask.body is None else json.dumps({"model": MODEL, **ask.body}).encode()
     request = urllib.request.Request(base + ask.path, data, {"content-type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=150) as response:
             status, text = response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         status, text = error.code, error.read().decode()

@@ -163,7 +163,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             Meta(
                 ge=0,
                 description="Time without an engine step, with work to do, after which the worker leaves and starts "
-                "again; 0 never; default: 8 s, more while the engine is new, where batches are large, or steps slow.",
+                "again; 0 never; default: 8 s, more while it, or what it is asked for, is new, where batches are "
+                "large, or steps slow.",
                 extra={"unit": "s"},
             ),
         ]

@@ -9,7 +9,8 @@ Rules:
   stopped and goes on has not been hanging; its engine was stopped with it.
 - No progress for the *patience* is a stall, which is told once.
 - The patience is `timeout_s`; longer if this engine has made a step that took long (SLOW_STEP_FACTOR times its longest
-  one), and while it is new (`first_timeout_s`, for FIRST_STEPS steps), for kernels may be compiled then.
+  one); and when kernels may be compiled, `first_timeout_s`: while it is new, for FIRST_STEPS steps, and whenever it is
+  asked for what it has not done before (`EngineLoad.num_first_uses`).
 
 The default for `timeout_s` must outlast the longest healthy step there is, one with a whole batch of prompt tokens, yet
 it should end before a lease does, which is the time that a silent worker costs. MIN_TOKENS_PER_S are rates below which
@@ -85,6 +86,7 @@ class ProgressWatch:
         self._looked_at = now
         self._waited_s = 0.0
         self._longest_step_s = 0.0
+        self._has_first_uses = load.num_first_uses > 0
         self._told = False
 
     def observe(self, load: EngineLoad, now: float) -> Stall | None:
@@ -93,11 +95,14 @@ class ProgressWatch:
         watched_s = min(now - self._looked_at, self._max_gap_s)
         self._looked_at = now
         made = load.steps_total - self._steps
+        moved = made > 0 or not has_work(load, steps_while_waiting=self._steps_while_waiting)
+        # Who asked first may be gone before the kernel is there.
+        self._has_first_uses = load.num_first_uses > 0 or (self._has_first_uses and not moved)
         if made > 0:
             # Of several steps between two readings only the average is known; a long one is alone.
             self._longest_step_s = max(self._longest_step_s, (self._waited_s + watched_s) / made)
             self._steps = load.steps_total
-        if made > 0 or not has_work(load, steps_while_waiting=self._steps_while_waiting):
+        if moved:
             self._waited_s = 0.0
             return None
         self._waited_s += watched_s
@@ -111,7 +116,7 @@ class ProgressWatch:
         """How long nothing may happen now."""
         patience = self._patience
         is_new = self._steps - self._first_steps < FIRST_STEPS
-        base_s = patience.first_timeout_s if is_new else patience.timeout_s
+        base_s = patience.first_timeout_s if is_new or self._has_first_uses else patience.timeout_s
         return max(base_s, SLOW_STEP_FACTOR * self._longest_step_s)
 
 

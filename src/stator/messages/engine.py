@@ -158,6 +158,7 @@ class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     first schedule. prompt_tokens_transferred_total: fetched from a prefill worker instead of computed.
     num_blocks_held: blocks of finished prefills that wait to be fetched (part of num_blocks_used).
     num_fetching: sequences that wait for their own blocks from a prefill engine (part of num_waiting).
+    num_first_uses: what was begun and needs something that this engine has not done before: kernels may be compiled.
     """
 
     num_running: int = 0
@@ -173,6 +174,7 @@ class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     preemptions_total: int = 0
     steps_total: int = 0
     num_fetching: int = 0
+    num_first_uses: int = 0
 
 
 class BlocksStored(msgspec.Struct, frozen=True, omit_defaults=True, tag="stored"):

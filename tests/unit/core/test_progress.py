@@ -82,6 +82,29 @@ def test_a_new_engine_gets_more_time() -> None:
     assert [round(at) for at, _ in engine.for_s(200)] == [8]
 
 
+def test_what_an_engine_is_first_asked_for_gets_as_much() -> None:
+    engine = Watched(Patience(8.0, 90.0), RUNNING)
+    engine.steps(FIRST_STEPS)
+    assert [round(at) for at, _ in engine.for_s(200, num_first_uses=1)] == [90]
+    engine = Watched(Patience(8.0, 90.0), RUNNING)
+    engine.steps(FIRST_STEPS)
+    assert not engine.for_s(60, num_first_uses=1)
+    # The step that it took is the longest one now.
+    engine.steps(1)
+    assert not engine.for_s(100, num_first_uses=0)
+    assert engine.for_s(100)
+
+
+def test_who_asked_first_may_be_gone_before_the_kernel_is_there() -> None:
+    engine = Watched(Patience(8.0, 90.0), RUNNING)
+    engine.steps(FIRST_STEPS)
+    assert not engine.for_s(10, num_first_uses=1)
+    assert not engine.for_s(70, num_first_uses=0)
+    engine.load = msgspec.structs.replace(engine.load, steps_total=engine.load.steps_total + 1)
+    assert not engine.for_s(0.5)
+    assert engine.watch.patience_s == pytest.approx(80.5 * SLOW_STEP_FACTOR)
+
+
 def test_an_engine_with_slow_steps_gets_a_multiple_of_its_longest() -> None:
     engine = Watched(Patience(8.0, 90.0), RUNNING)
     engine.steps(FIRST_STEPS)

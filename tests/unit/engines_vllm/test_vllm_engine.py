@@ -41,7 +41,7 @@ class Added:
 
 @dataclass
 class FakeVllm:
-    """Stands for StartedVllm. gate: what `add` waits for."""
+    """Stands for StartedVllm. gate, lora_gate: what `add` and `add_lora` wait for."""
 
     arguments: list[str]
     block_size: int = 4
@@ -67,6 +67,8 @@ class FakeVllm:
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
+        self.lora_gate = asyncio.Event()
+        self.lora_gate.set()
 
     def on_dead(self, callback: Callable[[str], None]) -> None:
         self.died = callback
@@ -89,6 +91,7 @@ class FakeVllm:
         return True
 
     async def add_lora(self, lora: tuple[str, int, str]) -> None:
+        await self.lora_gate.wait()
         if self.lora_error is not None:
             raise self.lora_error
         self.loras.append(lora)
@@ -295,6 +298,34 @@ async def test_adapters_come_and_go_while_it_runs() -> None:
     with pytest.raises(ConfigError, match="lora-modules: a: there is no directory /nowhere"):
         async with running(lora_modules={"a": "/nowhere"}):
             pass
+
+
+@in_loop
+async def test_what_is_first_asked_for_is_told_until_there_is_a_result() -> None:
+    async with running(enable_lora=True) as (one, vllm):
+
+        def first_uses() -> int:
+            return one.engine.load().num_first_uses
+
+        _, plain = await sent(one, vllm, make_request("a", [5], max_tokens=9))
+        assert first_uses() == 1
+        plain.on_output(output([1]))
+        assert first_uses() == 0
+        _, plain = await sent(one, vllm, make_request("b", [5], max_tokens=9))
+        assert first_uses() == 0
+        _, gone = await sent(one, vllm, make_request("c", [5], max_tokens=9, min_p=0.5))
+        assert first_uses() == 1
+        one.engine.abort(RequestId("c"))
+        assert first_uses() == 0, "of an aborted one nobody is told"
+        await sent(one, vllm, make_request("d", [5], max_tokens=9, min_p=0.5))
+        assert first_uses() == 1, "it had no result"
+        with tempfile.TemporaryDirectory() as made:
+            vllm.lora_gate.clear()
+            loading = asyncio.create_task(one.engine.load_adapter("odd", write_adapter(Path(made) / "a")))
+            await until(lambda: first_uses() == 2)
+            vllm.lora_gate.set()
+            await loading
+            assert first_uses() == 1
 
 
 def transfer(request: EngineRequest, port: int) -> dict[str, Any]:

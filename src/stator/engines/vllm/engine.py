@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stator.config.hub import Needs, resolve_async
+from stator.core.first_use import FirstUses, uses_of
 from stator.core.hashing import block_hashes
 from stator.core.public_text import harmless
 from stator.core.sequence_limits import (
@@ -108,6 +109,7 @@ class VllmEngine:
         self._feed: KvEventFeed | None = None
         self._stop_lock = asyncio.Lock()
         self._counter = LoadCounter(0)
+        self._first_uses = FirstUses()
         self._holds = Holds(hold_s, self._counter, lambda: self.load().num_blocks_held)
         self._eos: frozenset[int] = frozenset()
         self._supported: frozenset[str] = frozenset()
@@ -223,21 +225,20 @@ class VllmEngine:
             self._loop.call_soon(push_last, sink, TokenDelta([], reason, 0))
             return
         sampling = request.sampling
-        stream = self._streams[request.request_id] = _Stream(
+        stream = _Stream(
             request,
             sink,
             transfer=self._usable_transfer(request),
             scored=sampling.logprobs is not None or sampling.prompt_logprobs is not None,
         )
-        self._tasks.spawn(self._submit(stream), f"submit {request.request_id}")
+        self._begin_stream(stream, uses_of(request))
 
     def prefill(self, request: EngineRequest, sink: Sink) -> None:
         if (error := self._refusal(request)) is not None:
             asyncio.get_running_loop().call_soon(end_sink, sink, error)
             return
         stream = _Stream(request, sink, transfer_id=TransferId(f"{self._host.instance_id}.{secrets.token_hex(12)}"))
-        self._streams[request.request_id] = stream
-        self._tasks.spawn(self._submit(stream), f"submit prefill {request.request_id}")
+        self._begin_stream(stream, frozenset({"prefill"}))
 
     def embed(self, request: EmbedRequest, sink: Sink) -> None:
         if (error := self._embedding_refusal(request)) is not None:
@@ -251,8 +252,13 @@ class VllmEngine:
             priority=request.priority,
             cache_salt=request.cache_salt,
         )
-        stream = self._streams[request.request_id] = _Stream(given, sink, pooling=pooling)
-        self._tasks.spawn(self._submit(stream), f"submit {request.request_id}")
+        self._begin_stream(_Stream(given, sink, pooling=pooling), frozenset({"embed"}))
+
+    def _begin_stream(self, stream: _Stream, uses: frozenset[str]) -> None:
+        request_id = stream.request.request_id
+        self._streams[request_id] = stream
+        self._first_uses.begin(request_id, uses)
+        self._tasks.spawn(self._submit(stream), f"submit {request_id}")
 
     def abort(self, request_id: RequestId) -> None:
         stream = self._streams.get(request_id)
@@ -272,7 +278,7 @@ class VllmEngine:
         await self._holds.ended()
 
     def load(self) -> EngineLoad:
-        return self._counter.load(len(self._streams))
+        return self._counter.load(len(self._streams), self._first_uses.num_open)
 
     def cached_prefix_tokens(self, request: EngineRequest) -> int:
         cached, _ = self._cached(request)
@@ -313,6 +319,9 @@ class VllmEngine:
             raise StatorError(ErrorCode.ENGINE_DEAD, "the engine does not run")
         adapter = await asyncio.to_thread(self._loras.read, name, path)
         told = self._loras.next_told(adapter)
+        # vLLM makes no step while it reads the weights, from a disk that may be slow.
+        loading = f"adapter {name}"
+        self._first_uses.begin(loading, frozenset({loading}))
         try:
             await llm.add_lora(told)
         except Exception as error:
@@ -320,6 +329,8 @@ class VllmEngine:
                 raise StatorError(ErrorCode.ENGINE_DEAD, "the engine's core process ended") from error
             message = f"vLLM cannot load the adapter at {path}: {str(error)[:MAX_TOLD_CHARS]}"
             raise StatorError(ErrorCode.INVALID_REQUEST, message) from error
+        finally:
+            self._first_uses.end(loading)
         self._loras.add(adapter, told)
         return adapter
 
@@ -497,6 +508,7 @@ class VllmEngine:
         first = not stream.started
         if first:
             stream.started = True
+            self._first_uses.made(stream.request.request_id)
             delta = self._first_delta(stream, output, completion, finish)
         else:
             delta = TokenDelta(list(completion.token_ids), finish)
@@ -512,6 +524,7 @@ class VllmEngine:
         if output.error is not None:
             self._fail(stream, StatorError(ErrorCode.INTERNAL, "vLLM failed to make this embedding; its log says why"))
             return
+        self._first_uses.made(stream.request.request_id)
         self._forget(stream)
         vector = output.outputs.data.float().cpu().numpy().astype("<f4").tobytes()
         push_last(stream.sink, Embedding(vector, num_tokens(stream.request.prompt_ids)))
@@ -527,8 +540,9 @@ class VllmEngine:
 
     def _prefilled(self, stream: _Stream, transfer_id: TransferId, output: Any) -> None:
         assert self._llm is not None
-        self._forget(stream)
         request = stream.request
+        self._first_uses.made(request.request_id)
+        self._forget(stream)
         num_cached = sum(self._llm.cached_split(output, stream.core_id))
         try:
             handed = handover.result_transfer(
@@ -563,6 +577,7 @@ class VllmEngine:
         stream.ended = True
         if self._streams.get(stream.request.request_id) is stream:
             del self._streams[stream.request.request_id]
+            self._first_uses.end(stream.request.request_id)
 
     def _drop(self, stream: _Stream) -> None:
         """Forget it, here and in vLLM. One that vLLM does not have yet is aborted by `_submit`."""

@@ -57,9 +57,12 @@ class LoadCounter:
     def _add(self, name: str, value: int) -> None:
         self.totals[name] = self.totals.get(name, 0) + value
 
-    def load(self, num_open: int) -> EngineLoad:
-        """num_open: requests that have not ended. vLLM's own numbers are those of its last step, so that an idle one
-        knows neither of a request that it was just given nor of the end of one that was aborted."""
+    def load(self, num_open: int, num_first_uses: int = 0) -> EngineLoad:
+        """num_open: requests that have not ended. num_first_uses: as in EngineLoad.
+
+        vLLM's own numbers are those of its last step, so that an idle one knows neither of a request that it was just
+        given nor of the end of one that was aborted.
+        """
         ranks = self.ranks.values()
         num_running = min(num_open, sum(rank.num_running for rank in ranks))
         num_waiting = num_open - num_running
@@ -71,6 +74,7 @@ class LoadCounter:
             num_blocks_used=num_used,
             num_blocks_held=sum(self._held(rank, num_open) for rank in ranks),
             num_fetching=min(num_waiting, sum(rank.num_skipped for rank in ranks)),
+            num_first_uses=num_first_uses,
             **self.totals,
         )
 
