@@ -13,7 +13,7 @@ from stator.testing.contracts.engine_grammar import EngineGrammarContract
 from stator.testing.contracts.engine_suite import EngineSettings, Scenario
 from vllm_engines import forked
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]
 
 MODEL = Path(stator.__file__).parent / "models" / "tiny-llama"
 
@@ -36,6 +36,7 @@ class TestVllmEngine(EngineContract, EngineGrammarContract):
     score_tolerance = 1e-3
     own_grammar = 'root ::= "yes" | "no"'
     bombs_go_off = True
+    scenario_s = 200.0
 
     def make_engine(self, settings: EngineSettings) -> Engine:
         section = {
@@ -61,7 +62,7 @@ class TestVllmEngine(EngineContract, EngineGrammarContract):
             super().run(scenario, settings)
         else:
             chosen = settings or EngineSettings()
-            POOL.run(scenario, chosen, lambda: self.make_engine(chosen))
+            POOL.run(scenario, chosen, lambda: self.make_engine(chosen), bound_s=self.scenario_s)
 
     async def settle(self, engine: Engine) -> None:
         assert isinstance(engine, VllmEngine)

@@ -14,7 +14,7 @@ from stator.engines.base import Engine
 from stator.engines.vllm import started
 from stator.engines.vllm.args import settings_from_section
 from stator.engines.vllm.engine import VllmEngine
-from stator.testing.contracts.engine_suite import SCENARIO_S, EngineSettings, Scenario
+from stator.testing.contracts.engine_suite import EngineSettings, Scenario
 from stator.testing.engine_bench import BenchEngine, running_engines
 
 ENVIRONMENT = {
@@ -67,7 +67,7 @@ class EnginePool:
         self._runner: asyncio.Runner | None = None
         self._pairs: dict[EngineSettings, tuple[Any, list[BenchEngine]]] = {}
 
-    def run(self, scenario: Scenario, settings: EngineSettings, make: Callable[[], Engine]) -> None:
+    def run(self, scenario: Scenario, settings: EngineSettings, make: Callable[[], Engine], *, bound_s: float) -> None:
         self._runner = runner = self._runner or asyncio.Runner()
 
         async def main() -> None:
@@ -81,7 +81,7 @@ class EnginePool:
                 assert await each.engine.reset_prefix_cache()
 
         try:
-            runner.run(asyncio.wait_for(main(), SCENARIO_S))
+            runner.run(asyncio.wait_for(main(), bound_s))
         except BaseException:
             # Whatever it left behind is nobody else's.
             self._end(settings)

@@ -46,7 +46,7 @@ RETRY_AFTER_S = 2.0
 _BETWEEN_US = frozenset({ErrorCode.UNAUTHORIZED, ErrorCode.NOT_FOUND})
 """Failures of a call between instances that say nothing about the client: a wrong token, a missing endpoint."""
 
-_SAYS_WHY = frozenset({ErrorCode.NO_INSTANCE, ErrorCode.OVERLOADED, ErrorCode.DRAINING})
+_SAYS_WHY = frozenset({ErrorCode.NO_INSTANCE, ErrorCode.OVERLOADED})
 """Failures that tell the caller by themselves that there is no room now."""
 
 
@@ -197,7 +197,8 @@ class Continuation:
         retry_after_s = error.retry_after_s or RETRY_AFTER_S
         if error.code in _SAYS_WHY:
             return StatorError(error.code, error.message + after, retry_after_s=retry_after_s)
-        message = f"no worker is left that could take the request{after}; the last one failed: {error.code.value}"
+        last = "drains" if error.code is ErrorCode.DRAINING else f"failed: {error.code.value}"
+        message = f"no worker is left that could take the request{after}; the last one {last}"
         return StatorError(ErrorCode.NO_INSTANCE, message, retry_after_s=retry_after_s)
 
     def not_resumable(self, field: str, why: str) -> StatorError:

@@ -5,8 +5,8 @@ Rules:
 - Progress is a step that ended (`EngineLoad.steps_total` moved), or having no work. What waits for its blocks from a
   prefill engine, or for blocks that a finished prefill still holds, is not work: both end by time-outs of their own.
   It is for an engine that makes steps meanwhile (`EngineInfo.steps_while_waiting`): there the time-outs are its own.
-- Time counts only while it was watched: of the time between two readings at most `max_gap_s`. A process that was
-  stopped and goes on has not been hanging; its engine was stopped with it.
+- Time counts only while it was watched (`core.running_time`): a process that was stopped and goes on has not been
+  hanging; its engine was stopped with it.
 - No progress for the *patience* is a stall, which is told once.
 - The patience is `timeout_s`; longer if this engine has made a step that took long (SLOW_STEP_FACTOR times its longest
   one); and when kernels may be compiled, `first_timeout_s`: while it is new, for FIRST_STEPS steps, and whenever it is
@@ -19,6 +19,7 @@ nobody runs an engine: 8192 tokens on a GPU take no more than 8.2 s at 1000 toke
 
 from dataclasses import dataclass
 
+from stator.core.running_time import RunningTime
 from stator.messages.engine import EngineInfo, EngineLoad
 
 BASE_TIMEOUT_S = 8.0
@@ -79,10 +80,10 @@ class ProgressWatch:
         steps_while_waiting: bool = False,
     ) -> None:
         self._patience = patience
-        self._max_gap_s = max_gap_s
         self._steps_while_waiting = steps_while_waiting
         self._steps = load.steps_total
         self._first_steps = load.steps_total
+        self._time = RunningTime(now, max_gap_s)
         self._looked_at = now
         self._waited_s = 0.0
         self._longest_step_s = 0.0
@@ -92,7 +93,8 @@ class ProgressWatch:
     def observe(self, load: EngineLoad, now: float) -> Stall | None:
         """A reading. now: seconds of any clock that only grows. The stall, if this reading shows one for the first
         time."""
-        watched_s = min(now - self._looked_at, self._max_gap_s)
+        now = self._time.read(now)
+        watched_s = now - self._looked_at
         self._looked_at = now
         made = load.steps_total - self._steps
         moved = made > 0 or not has_work(load, steps_while_waiting=self._steps_while_waiting)

@@ -34,7 +34,8 @@ from stator.transport import (
     TransportClient,
 )
 
-WAIT_S = 20.0
+WAIT_S = 60.0
+"""An engine may compile kernels meanwhile, on a machine that does other things too."""
 
 
 class RecordingSink:

@@ -162,6 +162,14 @@ def test_a_request_without_a_token_gives_up_soon_and_says_when_to_come_back() ->
     assert (end.code, end.retry_after_s) == (ErrorCode.NO_INSTANCE, continuation.RETRY_AFTER_S)
 
 
+def test_a_last_instance_that_drains_leaves_none() -> None:
+    core = new()
+    core.on_engine_failure(error(ErrorCode.DRAINING), A, NOW)
+    _, end = waits(core, lambda core, now: core.on_engine_failure(error(ErrorCode.DRAINING), A, now))
+    assert (end.code, end.retry_after_s) == (ErrorCode.NO_INSTANCE, continuation.RETRY_AFTER_S)
+    assert end.message == "no worker is left that could take the request; the last one drains"
+
+
 def test_a_wait_begins_anew_when_tokens_came() -> None:
     core = new(migration_limit=9)
     core.received.append(1)

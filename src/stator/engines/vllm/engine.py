@@ -17,34 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stator.config.hub import Needs, resolve_async
 from stator.core.first_use import FirstUses, uses_of
 from stator.core.hashing import block_hashes
 from stator.core.public_text import harmless
-from stator.core.sequence_limits import (
-    cannot_embed,
-    cannot_generate,
-    cannot_truncate,
-    resumed_finish,
-    validate,
-    validate_embedding,
-)
+from stator.core.sequence_limits import resumed_finish
 from stator.engines.base import EngineHost, KvListener, NodePlace
 from stator.engines.grammar_gate import GrammarGate
-from stator.engines.lora import not_loaded
 from stator.engines.sinks import end_sink, push_last
 from stator.engines.vllm import args as vllm_args
-from stator.engines.vllm import connectors
 from stator.engines.vllm import transfer as handover
 from stator.engines.vllm.adapters import Told, VllmAdapters
 from stator.engines.vllm.args import VllmSettings
-from stator.engines.vllm.connectors import ConnectorPlan
 from stator.engines.vllm.endings import StepRoom, in_last_step, is_death, is_refusal, no_ending
 from stator.engines.vllm.further_node import FurtherNode
 from stator.engines.vllm.holds import Holds
-from stator.engines.vllm.kv_feed import KvEventFeed, kv_events_settings
+from stator.engines.vllm.kv_feed import KvEventFeed
 from stator.engines.vllm.load import LoadCounter
 from stator.engines.vllm.pairing import engine_pairing
+from stator.engines.vllm.preparation import Preparation, prepare
+from stator.engines.vllm.refusals import embedding_refusal, generation_refusal
 from stator.engines.vllm.sampling import CANNOT_RESUME, prefill_arguments, sampling_arguments
 from stator.engines.vllm.scores import with_scores
 from stator.engines.vllm.started import Launch, StartedVllm, launch
@@ -121,12 +112,13 @@ class VllmEngine:
         await asyncio.to_thread(self._loras.read_modules)
         await self._begin(host)
         try:
-            llm = self._llm = await self._launcher.start(await self._arguments_of_vllm(host), self._counter.record)
+            prepared = await self._prepare(host)
+            llm = self._llm = await self._launcher.start(prepared.command_line, self._counter.record)
             self._counter.num_blocks = llm.num_blocks
             self._eos = llm.eos_token_ids
             self._supported = await llm.supported_tasks()
-            if self._endpoints:
-                self._feed = KvEventFeed(self._settings.name, llm.block_size, self._endpoints)
+            if prepared.kv_endpoints:
+                self._feed = KvEventFeed(self._settings.name, llm.block_size, prepared.kv_endpoints)
                 await self._feed.start()
             # Reads samples of the weights.
             pairing = await asyncio.to_thread(engine_pairing, llm.config, self._plan.name, engine_version=llm.version)
@@ -143,7 +135,7 @@ class VllmEngine:
     async def start_further_node(self, host: EngineHost) -> None:
         await self._begin(host)
         try:
-            node = await self._launcher.start_further_node(await self._arguments_of_vllm(host))
+            node = await self._launcher.start_further_node((await self._prepare(host)).command_line)
         except BaseException:
             await self._clean_up()
             raise
@@ -157,44 +149,17 @@ class VllmEngine:
         # Short, for the sockets in it: their paths have 107 bytes at most.
         self._directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="stator-vllm-"))
 
-    async def _arguments_of_vllm(self, host: EngineHost) -> list[str]:
-        settings = self._settings
-        gpu = await asyncio.to_thread(self._launcher.has_gpu)
-        self._plan = plan = self._connector(host, gpu=gpu)
-        self._endpoints = []
-        added: dict[str, Any] = {"worker_extension_cls": plan.worker_extension}
-        if settings.flags.get("worker_extension_cls"):
-            del added["worker_extension_cls"]
-        if settings.prefix_caching:
-            added["kv_events_config"], self._endpoints = kv_events_settings(self._directory / "kv", settings.dp_ranks)
-        if not gpu:
-            added |= vllm_args.cpu_flags(settings)
-        if settings.lora_modules:
-            added["enable_lora"] = True
-        model = await resolve_async(settings.model, settings.revision, needs=Needs.VLLM)
-        tokenizer = model.directory / "tokenizer.json"
-        if tokenizer.is_file():
-            self._gate = GrammarGate(tokenizer)
-        if model.revision:
-            added |= {"revision": model.revision, "tokenizer_revision": model.revision}
-        environment = dict(plan.environment)
-        if self.place is not None:
-            added |= vllm_args.node_flags(self.place)
-            environment |= await asyncio.to_thread(vllm_args.node_environment, self.place)
-        vllm_args.set_environment(environment, gpu=gpu, num_workers=settings.num_workers)
-        kv_transfer = None if settings.pooling else plan.config
-        return vllm_args.command_line(settings, model=model.engine_model_string, kv_transfer=kv_transfer, **added)
-
-    def _connector(self, host: EngineHost, *, gpu: bool) -> ConnectorPlan:
-        settings = self._settings
-        if settings.pooling:
-            return ConnectorPlan("none", {})
-        plane = connectors.transfer_plane(
-            host, self.place, self._directory, num_data_parallel=settings.dp_ranks, hold_s=self._hold_s
+    async def _prepare(self, host: EngineHost) -> Preparation:
+        prepared = await prepare(
+            self._settings,
+            host,
+            place=self.place,
+            gpu=await asyncio.to_thread(self._launcher.has_gpu),
+            directory=self._directory,
+            hold_s=self._hold_s,
         )
-        return connectors.plan_connector(
-            settings.kv_transfer_config, plane, gpu=gpu, environment=vllm_args.user_environment()
-        )
+        self._plan, self._gate = prepared.plan, prepared.gate
+        return prepared
 
     def _info(self, llm: StartedVllm, pairing: dict[str, str]) -> EngineInfo:
         return EngineInfo(
@@ -457,32 +422,14 @@ class VllmEngine:
     def _embedding_refusal(self, request: EmbedRequest) -> StatorError | None:
         if (error := self._not_ready(request.request_id)) is not None:
             return error
-        llm = self._llm
-        assert llm is not None
-        if "embed" not in self._supported:
-            return cannot_embed("vllm")
-        if request.dimensions is not None and not llm.has_dimensions(request.dimensions):
-            return cannot_truncate("vllm", request.dimensions)
-        try:
-            validate_embedding(request, llm.vocab_size, llm.max_model_len)
-        except StatorError as error:
-            return error
-        return None
+        assert self._llm is not None
+        return embedding_refusal(request, self._llm, supported=self._supported)
 
     def _refusal(self, request: EngineRequest) -> StatorError | None:
         if (error := self._not_ready(request.request_id)) is not None:
             return error
-        llm = self._llm
-        assert llm is not None
-        if "generate" not in self._supported:
-            return cannot_generate("vllm")
-        if request.lora_name is not None and request.lora_name not in self._loras.loaded:
-            return not_loaded(request.lora_name, self._loras.loaded)
-        try:
-            validate(request, llm.vocab_size, llm.max_model_len, llm.num_blocks, llm.block_size)
-        except StatorError as error:
-            return error
-        return None
+        assert self._llm is not None
+        return generation_refusal(request, self._llm, supported=self._supported, adapters=self._loras.loaded)
 
     # From vLLM to the sinks: runs for every sequence and step
 

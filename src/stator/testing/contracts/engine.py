@@ -15,7 +15,7 @@ from stator.messages.engine import EngineRequest, FinishReason
 from stator.messages.tokens import pack
 from stator.testing.contracts.engine_embeddings import EngineEmbeddingsContract
 from stator.testing.contracts.engine_scores import EngineScoresContract
-from stator.testing.contracts.engine_suite import SCENARIO_S, EngineSettings, make_request, with_transfer
+from stator.testing.contracts.engine_suite import EngineSettings, make_request, with_transfer
 from stator.testing.contracts.engine_transfer import EngineTransferContract
 from stator.testing.engine_bench import BenchEngine, KvMirror, RecordingSink, until
 
@@ -194,7 +194,7 @@ class EngineContract(EngineTransferContract, EngineScoresContract, EngineEmbeddi
             # The second waits behind the first: there is room for one sequence.
             decoding = one.generate(make_request("d", self.prompt(4), max_tokens=8 * self.block_size))
             waiting = one.generate(make_request("w", self.prompt(40, 2)))
-            await asyncio.wait_for(decoding.started.wait(), SCENARIO_S)
+            await asyncio.wait_for(decoding.started.wait(), self.scenario_s)
             one.engine.abort(RequestId("w"))
             one.engine.abort(RequestId("d"))
             one.engine.abort(RequestId("d"))
@@ -304,7 +304,7 @@ class EngineContract(EngineTransferContract, EngineScoresContract, EngineEmbeddi
             request = make_request("d", self.prompt(5), max_tokens=8 * self.block_size)
             decoding = two.generate(request)
             waiting = two.generate(make_request("w", self.prompt(5, 2)))
-            await asyncio.wait_for(decoding.started.wait(), SCENARIO_S)
+            await asyncio.wait_for(decoding.started.wait(), self.scenario_s)
             await asyncio.gather(two.engine.stop(), two.engine.stop())
             await two.engine.stop()
             for sink in (decoding, waiting):

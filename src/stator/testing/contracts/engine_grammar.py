@@ -139,7 +139,8 @@ class EngineGrammarContract(EngineSuite):
                     error = sink.error
                     if self.bombs_go_off or error is not None:
                         assert error is not None and error.code is ErrorCode.INVALID_REQUEST, (grammar, error)
-                        assert error.param == "grammar" and "memory" in error.message
+                        # By its memory or, on a machine that is slow to give it, by its time.
+                        assert error.param == "grammar" and "compil" in error.message
                     else:
                         assert len(sink.token_ids) == 20
             assert len((await other.wait()).token_ids) == 12

@@ -15,8 +15,6 @@ from stator.messages.tokens import EMPTY, pack
 from stator.testing.clock import run_virtual
 from stator.testing.engine_bench import BenchEngine, running_engines, until
 
-SCENARIO_S = 50.0
-
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -51,12 +49,14 @@ class EngineSuite:
     """block_size: of the engines that make_engine makes. vocab_size: prompts are drawn from 4 to there.
 
     tcp: whether the engines reach each other over sockets. virtual_time: for engines that use no thread and no socket.
+    scenario_s: bound for each, the engines' start included.
     """
 
     block_size: int
     vocab_size: int
     tcp: bool = False
     virtual_time: bool = False
+    scenario_s: float = 50.0
 
     computes_apart: bool = False
     """The engine computes in another process. What it does there is seen a little later: blocks are free and KV events
@@ -106,7 +106,7 @@ class EngineSuite:
                 await two.until_idle()
 
         async def bounded() -> None:
-            await asyncio.wait_for(main(), SCENARIO_S)
+            await asyncio.wait_for(main(), self.scenario_s)
 
         if self.virtual_time:
             run_virtual(bounded())
